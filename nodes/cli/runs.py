@@ -72,12 +72,14 @@ def simulate(
             sys.exit(1 if asked.recorded.failed else 0)
         if processes is None:
             table = asked.config.simulation or SimulationTable()
-            processes = 0 if table.learner == "curve" else len(os.sched_getaffinity(0))
+            trains_here = cluster is None and table.learner == "train"
+            processes = len(os.sched_getaffinity(0)) if trains_here else 0
         # The server that forks the training processes imports torch at the same time.
         with preloading() if processes else contextlib.nullcontext():
             from fedmq.nodes.run.devices import choose_device
             from fedmq.nodes.run.setup import check_attainable, set_up
-            from fedmq.nodes.simulation.command import SimulationCommand, population_of, trainer_of
+            from fedmq.nodes.simulation.clients import population_of
+            from fedmq.nodes.simulation.command import SimulationCommand, trainer_of
 
             with own_code("problem.name"):
                 setup = set_up(asked.config)

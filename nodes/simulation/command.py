@@ -27,6 +27,7 @@ from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.run_folder.folder import LEDGER, SIMULATION_LOG, write_config
 from fedmq.nodes.run_folder.summary import summary_of
 from fedmq.nodes.run_folder.summary_file import SIMULATED_IN_S, remove_summary, save_summary
+from fedmq.nodes.simulation.chances import chances_of
 from fedmq.nodes.simulation.population_run import PopulationRun
 from fedmq.nodes.simulation.trainers import InlineTrainer, Trainer, Wait
 from fedmq.nodes.simulation.view import SimulationView
@@ -131,6 +132,7 @@ class SimulationCommand:
                 self._population,
                 trainer,
                 nodes=table.nodes or 1,
+                chances=chances_of(table.faults),
                 model_folder=self._folder,
                 log=structlog.get_logger(),
             )
@@ -240,18 +242,16 @@ def trainer_of(
         processes: number of training processes; 0 trains in this process.
         cluster: ``ray`` for a Ray cluster.
     """
+    if cluster == "ray":
+        from fedmq.nodes.simulation.ray_trainer import RayTrainer
+
+        return functools.partial(RayTrainer, setup.config, setup.config.allowed), "trained on Ray"
     if not processes:
         return functools.partial(InlineTrainer, setup, device), "trained in this process"
     from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 
     make = functools.partial(ProcessTrainer, setup.config, setup.config.allowed, processes)
     return make, f"{processes} training process{'' if processes == 1 else 'es'}"
-
-
-def population_of(setup: Setup) -> Population:
-    """Return the clients of a simulated run."""
-    table = setup.config.simulation or SimulationTable()
-    return Population(table, setup.problem.clients, setup.config.run.seed, lambda _: 1)
 
 
 def _end_at_third() -> None:

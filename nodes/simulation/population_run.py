@@ -19,6 +19,7 @@ from fedmq.broker.wire.addresses import EVALUATOR
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.errors import NodeError, RunFailed
 from fedmq.nodes.population.population import Population
+from fedmq.nodes.population.table import STARTS_AT
 from fedmq.nodes.process.logs import SILENT
 from fedmq.nodes.process.terminal import clients_in_words
 from fedmq.nodes.run.setup import Setup
@@ -66,8 +67,7 @@ class PopulationRun(Simulation):
         checked: whether all processes validate their states, for tests.
     """
 
-    wall_s = 946_684_800.0 - START_S
-    """So that a run starts on 2000-01-01, UTC."""
+    wall_s = STARTS_AT - START_S
     draw_every_s = 1.0
     host_name = "population"
 
