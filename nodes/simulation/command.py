@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -83,7 +84,11 @@ class SimulationCommand:
             LedgerError: the ledger is damaged.
         """
         code = 1
-        with this_process.taken(), this_process.noting(self._on_signal, watched=True):
+        with (
+            self._logging(),
+            this_process.taken(),
+            this_process.noting(self._on_signal, watched=True),
+        ):
             try:
                 self._start()
                 code = self._simulate()
@@ -113,13 +118,29 @@ class SimulationCommand:
 
     # ---- the run
 
-    def _start(self) -> None:
-        setup = self._setup
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Send the log of all nodes to a file; if it cannot be opened, to standard error."""
+        about = {"node": "simulation", "run": self._setup.config.run.id}
         try:
-            logs.configure(self._log_file, node="simulation", run=setup.config.run.id)
+            file = logs.configure(self._log_file, self._lost, **about)
         except OSError as error:
-            logs.configure(None, node="simulation", run=setup.config.run.id)
-            self._say(f"fedmq: cannot write {self._log_file}: {reason_of(error)}")
+            logs.configure(None, **about)
+            self._lost(f"cannot write {self._log_file}: {reason_of(error)}")
+            yield
+            return
+        try:
+            yield
+        finally:
+            logs.configure(None, **about)
+            file.close()
+
+    def _lost(self, what: str) -> None:
+        self._say(f"fedmq: {what}; going on without it")
+
+    def _start(self) -> None:
+        this_process.check()
+        setup = self._setup
         write_config(self._folder, setup.config, self._begun, simulated=True)
         remove_summary(self._folder)
         torch.set_num_threads(setup.config.worker.threads)
@@ -148,6 +169,7 @@ class SimulationCommand:
             f"{config.problem['name']}, {clients}, {self._trained_by}"
         )
         with SimulationView(self._console, title, self._say) as view:
+            this_process.check()  # from here on, `stop` ends it
             self._run.run_to_end(functools.partial(self._look, view))
             this_process.check()
             self._catch_up()
