@@ -241,14 +241,19 @@ def trainer_of(
             there are usable cores, but 0 for a learner that takes no time.
         cluster: ``ray`` for a Ray cluster.
     """
+    config, allowed = setup.config, setup.config.allowed
+    if cluster is not None:
+        from fedmq.nodes.simulation.ray_trainer import RayTrainer
+
+        return functools.partial(RayTrainer, config, allowed), "trained on Ray"
     if processes is None:
-        table = setup.config.simulation or SimulationTable()
+        table = config.simulation or SimulationTable()
         processes = 0 if table.learner == "curve" else len(os.sched_getaffinity(0))
     if not processes:
         return functools.partial(InlineTrainer, setup, device), "trained in this process"
     from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 
-    make = functools.partial(ProcessTrainer, setup.config, setup.config.allowed, processes)
+    make = functools.partial(ProcessTrainer, config, allowed, processes)
     return make, plural(processes, "training process").replace("processs", "processes")
 
 
