@@ -119,8 +119,9 @@ def test_the_ledger_is_sound(finished) -> None:
 def test_faults_of_the_configuration_happen(tmp_path) -> None:
     folder = tmp_path / "run"
     settings = ("--set", "simulation.faults.dropout=0.5", "--set", "simulation.nodes=2")
-    crashes = ("--set", "simulation.faults.node_crash=20", "--set", "run.versions=20")
-    result = fedmq("simulate", *SMALL, *settings, *crashes, "--run", folder)
+    crashes = ("--set", "simulation.faults.node_crash=60", "--set", "run.versions=20")
+    quick = ("--set", "simulation.compute=lognormal(6, 1)", "--set", "simulation.faults.away_s=5")
+    result = fedmq("simulate", *SMALL, *settings, *crashes, *quick, "--run", folder)
     assert result.exit_code == 0, result.output
     summary = summary_in(folder)
     assert summary["results"]["failed_by_code"]["dropped"] > 10
@@ -213,7 +214,8 @@ def test_a_mistake_is_one_sentence(arguments, expected, tmp_path) -> None:
 
 def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path) -> None:
     folder = tmp_path / "run"
-    arguments = ("simulate", *SMALL, "--set", "simulation.faults.dropout=1", "--run", folder)
+    lost = ("--set", "simulation.faults.dropout=1", "--set", "run.failures=20")
+    arguments = ("simulate", *SMALL, *lost, "--run", folder)
     result = fedmq(*arguments)
     assert result.exit_code == 1
     assert "fedmq: the run failed: " in result.output
