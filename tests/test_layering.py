@@ -98,7 +98,8 @@ PARTS = {
         "replay": "errors process messages run history trace aggregator worker",
         "simulation": "errors process messages population run aggregator worker",
         "cluster": "errors process keys messages run history run_folder aggregator worker",
-        "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
+        "cli": "errors process keys population run history run_folder aggregator worker cluster "
+        "trace replay",
         "__main__": "cli",
     },
 }

@@ -161,6 +161,7 @@ def continuation(asked: Asked) -> Continuation | None:
     before, now = completed(before, now.allowed), completed(now)
     found = _differences(before, now)
     _check_same(asked, found)
+    _check_learner(asked, before, now)
     goal, best = Goal.of(now.run), run.best_accuracy
     changed_goal = any(_kind(key) == "goal" for key in found)
     if changed_goal and goal.versions < run.version:
@@ -234,6 +235,19 @@ def _check_same(asked: Asked, found: Differences) -> None:
     raise ConfigError(
         f"run {asked.recorded.run} in {asked.folder} has another configuration: "
         f"{'; '.join(named[:_SHOWN])}{more}. Use the same values, or another folder with --run"
+    )
+
+
+def _check_learner(asked: Asked, before: Config, now: Config) -> None:
+    """Raise ConfigError if clients would train something else: ``simulation`` is mostly `here`."""
+    if before.stand_in == now.stand_in:
+        return
+    old, new = (
+        "'train'" if each is None else f"'curve' with {each.model_dump()}"
+        for each in (before.stand_in, now.stand_in)
+    )
+    raise ConfigError(
+        f"simulation.learner: expected {old}, as in run {now.run.id} in {asked.folder}, got {new}"
     )
 
 

@@ -25,7 +25,7 @@ from fedmq.broker.settings import (
 )
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.population.table import SimulationTable
+from fedmq.nodes.population.table import CurveTable, SimulationTable
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.numbers import (
     RETAIN_CHOICES,
@@ -223,10 +223,18 @@ class Config(_Table):
         """Return the code that may be imported because this configuration names it."""
         return self._allowed
 
+    @property
+    def stand_in(self) -> CurveTable | None:
+        """Return what clients train in place of the problem, also in a live run; None for none."""
+        return None if self.simulation is None else self.simulation.stand_in
+
+    def tables(self) -> dict[str, Any]:
+        """Return the configuration as tables; without ``simulation`` if there is none."""
+        return self.model_dump(exclude={"simulation"} if self.simulation is None else None)
+
     def to_toml(self) -> str:
         """Return the configuration as complete TOML, which `parse` reads."""
-        left_out = {"simulation"} if self.simulation is None else None  # as in older releases
-        return tomli_w.dumps(with_none_words(self.model_dump(exclude=left_out)))
+        return tomli_w.dumps(with_none_words(self.tables()))
 
 
 def load(path: Path | None, settings: Sequence[str] = (), *, recorded: bool = False) -> Config:
@@ -268,7 +276,7 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
     Raises:
         ConfigError: a key or value is wrong.
     """
-    given = config.model_dump()
+    given = config.tables()
     new: dict[str, Any] = {}
     for setting in settings:
         _apply(given, setting)

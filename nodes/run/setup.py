@@ -181,8 +181,8 @@ def _stand_in(config: Config, problem: Problem, algorithm: AnyAlgorithm) -> Prob
     Raises:
         ConfigError: the algorithm cannot train it.
     """
-    table = config.simulation
-    if table is None or table.learner != "curve":
+    stand_in = config.stand_in
+    if stand_in is None:
         return problem
     kind: type = type(algorithm)  # a subclass may train in other ways
     if kind not in (FedAvg, FedProx):
@@ -191,7 +191,7 @@ def _stand_in(config: Config, problem: Problem, algorithm: AnyAlgorithm) -> Prob
             f"{algorithm.name}, got 'curve', which stands in for the training of "
             "fedavg and fedprox only"
         )
-    return QuadraticProblem(problem, table.curve.heterogeneity, table.curve.noise)
+    return QuadraticProblem(problem, stand_in.heterogeneity, stand_in.noise)
 
 
 def _check_ranges(problem: Problem) -> None:
