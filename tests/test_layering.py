@@ -96,8 +96,8 @@ PARTS = {
         "worker": "errors process messages run",
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
-        "simulation": "errors process messages population run aggregator worker",
         "cluster": "errors process keys messages run history run_folder aggregator worker",
+        "simulation": "errors process messages population run aggregator worker cluster",
         "cli": "errors process keys population run history run_folder aggregator worker cluster "
         "trace replay",
         "__main__": "cli",
