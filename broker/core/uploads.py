@@ -8,7 +8,7 @@ from typing import TypeGuard
 
 from msgspec.structs import replace
 
-from fedmq.broker.core.events import Action, Discard, Put, SendTo, Store
+from fedmq.broker.core.events import Action, Discard, Log, Put, SendTo, Store
 from fedmq.broker.core.state import Node, PendingFrame, PendingPost, RejectedPost
 from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code
@@ -26,6 +26,8 @@ matter more than throughput. (Measured on two cores, beside a stream of 100 MB b
 the 99th percentile with a window of 8 chunks, 15 to 17 with 2, 11 to 16 with 1.)"""
 CONTROL_BYTES = 1 << 20
 """What an aggregator may store beyond the limits of disk, in messages without blobs."""
+NEARLY_FULL = 0.9
+"""Fraction of a limit of disk above which a warning is logged."""
 SMALL_MESSAGE_RATE, SMALL_MESSAGE_PERIOD_S = 4, 0.2
 """Messages without blobs, in seconds, that count as frequent; only those to nodes that upload
 nothing are counted."""
@@ -47,6 +49,8 @@ class Uploads:
         """Nodes with chunks to send, by identity of the object."""
         self._small_messages: deque[float] = deque(maxlen=SMALL_MESSAGE_RATE)
         """Arrival times of the last messages without blobs."""
+        self._warned: set[tuple[str, str]] = set()
+        """Run and node, or run and "", for each limit of disk that was reported as nearly used."""
         self._completed: tuple[BlobName, int] | None = None
         """Name and size of the blob that the present event has completed."""
 
@@ -65,7 +69,7 @@ class Uploads:
     ) -> PendingPost | RejectedPost:
         """Store the blobs that came with a post, and fetch the others."""
         message = post.message
-        if reason := self._over_disk(node, post):
+        if reason := self._over_disk(node, post, out):
             return post.rejected(Code.LIMIT, reason)
         beside = {
             message.blobs[index]: data
@@ -86,8 +90,11 @@ class Uploads:
         post = replace(post, apart=tuple(apart))
         return self.resolve(node, post) or post
 
-    def _over_disk(self, node: Node, post: PendingPost) -> str:
-        """Return why the disk has no room for a post: its node or its run uses too much; or ""."""
+    def _over_disk(self, node: Node, post: PendingPost, out: list[Action]) -> str:
+        """Return why the disk has no room for a post: its node or its run uses too much; or "".
+
+        Log once for each node and each run that only little is left.
+        """
         run, limits = node.run, self._limits
         new = len(post.frame.message)
         of_node, of_run = self._store.used(run.id, node.name)
@@ -114,7 +121,27 @@ class Uploads:
                 f"broker.limits.run_disk: expected at most {limits.run_disk:,} bytes of run "
                 f"{run.id}, got {of_run:,} and {new:,} more"
             )
+        if of_node + new > NEARLY_FULL * limits.node_disk:
+            self._warn(run.id, node.name, of_node + new, out)
+        if of_run + new > NEARLY_FULL * limits.run_disk:
+            self._warn(run.id, "", of_run + new, out)
         return ""
+
+    def _warn(self, run: str, node: str, used: int, out: list[Action]) -> None:
+        """Log that the disk of a node, or of a run (``node`` is ""), is nearly used up."""
+        if (run, node) in self._warned:
+            return
+        self._warned.add((run, node))
+        name = "node_disk" if node else "run_disk"
+        most = self._limits.node_disk if node else self._limits.run_disk
+        fields = {"limit": f"broker.limits.{name}", "run": run, "used": used, "most": most}
+        if node:
+            fields["peer_node"] = node
+        text = (
+            "the ledger nearly has as many bytes as it may: beyond the limit, posts are rejected; "
+            "restart the broker with a higher one"
+        )
+        out.append(Log("warning", text, fields))
 
     def resolve(self, node: Node, post: PendingPost) -> PendingPost | RejectedPost | None:
         """Return a post whose blobs are stored; None while some are missing, and fetch these.

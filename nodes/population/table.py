@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from fedmq.nodes.population.availability_specs import check_availability
 from fedmq.nodes.population.distributions import read_distribution
 
+STARTS_AT = 946_684_800.0
+"""Start of every simulated run: 2000-01-01, UTC, in seconds since 1970."""
+
 
 def _check_spec(spec: float | str) -> float | str:
     read_distribution(spec)
@@ -110,7 +113,7 @@ class SimulationTable(_SimulationTable):
             check_availability(spec, info.data["availability_step"])
         return spec
 
-    @property
-    def stand_in(self) -> CurveTable | None:
-        """Return what clients train in place of the problem; None if they train the problem."""
-        return self.curve if self.learner == "curve" else None
+
+def stand_in_of(table: SimulationTable | None) -> CurveTable | None:
+    """Return what clients train in place of the problem; None if they train the problem."""
+    return table.curve if table is not None and table.learner == "curve" else None
