@@ -96,12 +96,13 @@ PARTS = {
         "worker": "errors process messages run",
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
-        "cluster": "errors process keys messages run history run_folder aggregator worker",
+        "cluster": "errors process keys messages population run history run_folder aggregator "
+        "worker",
         "simulation": "errors process messages population run history run_folder aggregator worker "
         "cluster",
         "api": "errors process run history run_folder trace cluster",
-        "cli": "errors process keys population run history run_folder aggregator worker cluster "
-        "trace replay simulation api",
+        "cli": "errors process keys run history run_folder aggregator worker cluster trace replay "
+        "simulation api population",
         "__main__": "cli",
     },
 }
