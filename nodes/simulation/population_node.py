@@ -28,6 +28,7 @@ from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.schema import Buffer, Hello, Message
 from fedmq.nodes.population.population import Population
 from fedmq.nodes.process.logs import SILENT, Repeats
+from fedmq.nodes.run.agreement import Fingerprint
 from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.simulation.trainers import Trainer
 from fedmq.nodes.simulation.virtual_node import VirtualNode
@@ -55,6 +56,7 @@ class PopulationNode(VirtualNode):
         trainer: trains and evaluates.
         began: time of the network at which the virtual seconds of ``devices`` begin.
         sizes: bytes of a task and of a result that count for transfers; None: those of their blobs.
+        version_0: see `version_zero`.
         checked: whether each core validates its state after each event.
 
     Attributes:
@@ -73,13 +75,14 @@ class PopulationNode(VirtualNode):
         began: float,
         sizes: tuple[int, int] | None = None,
         log: FilteringBoundLogger = SILENT,
+        version_0: Fingerprint | None = None,
         *,
         checked: bool = False,
     ) -> None:
         super().__init__(port, machine, hello, lambda: 0.0, log)
         self.setup, self.store, self.devices, self.trainer = setup, store, devices, trainer
         self._began, self._sizes, self._checked = began, sizes, checked
-        self._repeats = Repeats()
+        self._repeats, self._version_0 = Repeats(), version_0
         self._waiting: dict[int | None, deque[Delivery]] = {}
         """By client with a task in progress: deliveries that wait for the end of that task."""
         self._blobs = _SharedBlobs()
@@ -161,7 +164,8 @@ class PopulationNode(VirtualNode):
     def _do(self, client: int | None, delivery: Delivery) -> None:
         """Do a task, in a greenlet of its own: with a worker's core and driver."""
         hello = self.hello
-        core = Worker(self.setup, hello.run, hello.node, hello.clients, self.store)
+        about = (hello.run, hello.node, hello.clients, self.store, self._version_0)
+        core = Worker(self.setup, *about)
         if self._checked:
             validated(core)
         port = _ClientPort(self, client, delivery.message.id)

@@ -23,6 +23,7 @@ from fedmq.nodes.population.table import STARTS_AT
 from fedmq.nodes.process.logs import SILENT
 from fedmq.nodes.process.terminal import ranges_in_words
 from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.simulation.chances import Chances
 from fedmq.nodes.simulation.population_node import PopulationNode
 from fedmq.nodes.simulation.trainers import Trainer
@@ -31,6 +32,8 @@ from fedmq.nodes.simulation.virtual_run import Simulation
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 
+STARTS_AT = 946_684_800.0
+"""When a run starts by its own clocks, in seconds since 1970: 2000-01-01, UTC."""
 _LEASE_S = 10 * 86_400.0
 """Lease of a run without faults: heartbeats of many virtual days would take most of the time."""
 _STEPS = 64
@@ -99,6 +102,7 @@ class PopulationRun(Simulation):
         limits = dataclasses.replace(settings.limits, clients=most)
         self._devices, self._trainer = devices, trainer
         self._model_folder, self._log, self._sizes = model_folder, log, sizes
+        self._version_0 = version_zero(setup.problem)
         self._stopped = False
         super().__init__(
             setup,
@@ -179,6 +183,7 @@ class PopulationRun(Simulation):
             self.setup,
             self._model_folder,
             self._log,
+            self._version_0,
             checked=self._checked,
         )
 
@@ -189,7 +194,14 @@ class PopulationRun(Simulation):
         about, checked = (port, machine, hello), self._checked
         if hello.role == EVALUATOR:
             return VirtualWorker(
-                *about, _no_time, self.setup, store, self._compute, self._log, checked=checked
+                *about,
+                _no_time,
+                self.setup,
+                store,
+                self._compute,
+                self._log,
+                self._version_0,
+                checked=checked,
             )
         return PopulationNode(
             *about,
@@ -200,6 +212,7 @@ class PopulationRun(Simulation):
             self.began,
             self._sizes,
             self._log,
+            self._version_0,
             checked=checked,
         )
 
