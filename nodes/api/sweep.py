@@ -65,9 +65,9 @@ def sweep(
         ConfigError: a configuration is invalid, or the folder has a run of another configuration.
         KeyboardInterrupt: it was interrupted, and all runs have ended.
     """
-    made = Sweeper(
-        base, over, how, folder, jobs, workers, processes, show=printer(progress=progress)
-    )
+    options = {"workers": workers, "processes": processes, "on": on}
+    show = printer(progress=progress)
+    made = Sweeper(base, over, how, folder, jobs, options, show=show)
     made.work()
     return made.sweep
 

@@ -121,18 +121,18 @@ class SimulationCommand:
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
         """Send the log of all nodes to a file; if it cannot be opened, to standard error."""
-        about = {"node": "simulation", "run": self._setup.config.run.id}
+        run = self._setup.config.run.id
         try:
-            file = logs.configure(self._log_file, self._lost, **about)
+            file = logs.configure(self._log_file, self._lost, node="simulation", run=run)
         except OSError as error:
-            logs.configure(None, **about)
+            logs.configure(None, node="simulation", run=run)
             self._lost(f"cannot write {self._log_file}: {reason_of(error)}")
             yield
             return
         try:
             yield
         finally:
-            logs.configure(None, **about)
+            logs.configure(None, node="simulation", run=run)
             file.close()
 
     def _lost(self, what: str) -> None:

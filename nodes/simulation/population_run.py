@@ -32,8 +32,6 @@ from fedmq.nodes.simulation.virtual_run import Simulation
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 
-STARTS_AT = 946_684_800.0
-"""When a run starts by its own clocks, in seconds since 1970: 2000-01-01, UTC."""
 _LEASE_S = 10 * 86_400.0
 """Lease of a run without faults: heartbeats of many virtual days would take most of the time."""
 _STEPS = 64
