@@ -67,19 +67,16 @@ class Chances:
         return bool(self.disk) or max(self.power, self.full, self.doom) > 0
 
     @property
+    def total(self) -> float:
+        """Sum of the rates of all faults that are drawn, per second and process."""
+        killed = self.crash + self.broker_crash + self.worker_crash + self.doom + self.power
+        other = self.full + self.pause + self.cut + self.partition + self.jump
+        return killed + other + self.chat + self.availability
+
+    @property
     def any_faults(self) -> bool:
-        """Return whether faults are drawn all the time, other than those of frames and the disk."""
-        rates = (
-            self.crash,
-            self.broker_crash,
-            self.worker_crash,
-            self.doom,
-            self.power,
-            self.full,
-            self.pause,
-            self.cut,
-        )
-        return max(*rates, self.partition, self.jump, self.chat) > 0
+        """Return whether faults are drawn, other than those of frames and disk operations."""
+        return self.total > 0
 
 
 def chances_of(faults: FaultsTable) -> Chances:

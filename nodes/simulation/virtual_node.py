@@ -22,7 +22,7 @@ from fedmq.broker.wire.addresses import AGGREGATOR, AVAILABILITY
 from fedmq.broker.wire.schema import Hello, Message, Range
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.aggregator.program import LinkedAggregator, fold_until_over
+from fedmq.nodes.aggregator.program import QUIET_S, LinkedAggregator, fold_until_over
 from fedmq.nodes.process.logs import SILENT
 from fedmq.nodes.run.agreement import Fingerprint
 from fedmq.nodes.run.devices import kind_of
@@ -89,6 +89,7 @@ class VirtualAggregator(VirtualNode):
         setup: objects of the run.
         folder: where it saves the final model; None to save none.
         version_0: see `version_zero`.
+        quiet_s: see `LinkedAggregator`.
         checked: whether its core validates its state after each event.
 
     Attributes:
@@ -107,10 +108,12 @@ class VirtualAggregator(VirtualNode):
         log: FilteringBoundLogger = SILENT,
         version_0: Fingerprint | None = None,
         *,
+        quiet_s: float = QUIET_S,
         checked: bool = True,
     ) -> None:
         super().__init__(port, machine, hello, draw_s, log)
         self._setup, self._folder, self._version_0 = setup, folder, version_0
+        self._quiet_s = quiet_s
         computed = Computed(device=kind_of("cpu"), version_0=version_0)
         core = Aggregator(setup, hello.run, hello.node, computed)
         self.core = validated(core) if checked else core

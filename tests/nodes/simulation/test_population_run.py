@@ -180,7 +180,8 @@ def test_a_client_that_drops_out_fails_its_task_without_training(simulate):
 
 def test_the_work_of_a_client_pauses_while_it_is_away(simulate):
     devices = Devices(compute={2: 5.0}, availability=Spells({2: (3.0, 10.0)}))
-    run, folder = simulate(setup_of(STREAM, versions=60), devices)
+    every_client = {"name": "stream", "concurrency": 6}
+    run, folder = simulate(setup_of(every_client, versions=60), devices)
     run.run_to_end()
     run.close()
     [seconds] = [took for client, begin, took, _ in durations(folder) if client == 2][:1]
