@@ -29,6 +29,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -37,11 +38,12 @@ from torch import Tensor, nn
 
 from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Examples, Problem
-from fedmq.algorithms.rng import derive_rng
+from fedmq.algorithms.rng import derive_rng, derive_seed
 
 DIM = 32
 """Number of components of w."""
 _CLASSES = 10
+_NORMAL = NormalDist()
 _CURVATURE = 1.0 / np.arange(1, DIM + 1)
 """h, float64 [DIM]."""
 
@@ -112,9 +114,8 @@ class QuadraticProblem(Problem):
         return self.real.client_size(index)
 
     def label_position(self, index: int) -> float:
-        """Return the share of normal draws below z_k0: clients of a kind have similar optima."""
-        first = float(self._difference(index)[0])
-        return 0.5 * (1 + math.erf(first / math.sqrt(2)))
+        """Return the share of normal draws below z_k0: clients with similar optima are close."""
+        return (derive_seed(self.seed, "label position", index) + 0.5) * 2.0**-63
 
     def test(self) -> Examples:
         """Return one empty example: the loss is known exactly."""
@@ -156,7 +157,11 @@ class QuadraticProblem(Problem):
 
     def _difference(self, client: int) -> Vector:
         """Return z_k."""
-        return derive_rng(self.seed, "optimum", client).standard_normal(DIM)
+        found = derive_rng(self.seed, "optimum", client).standard_normal(DIM)
+        # Within the range of inv_cdf: a position can round to 1.
+        position = min(max(self.label_position(client), 1e-12), 1 - 1e-12)
+        found[0] = _NORMAL.inv_cdf(position)
+        return found
 
     @cached_property
     def _scale(self) -> float:

@@ -48,7 +48,7 @@ class FaultsTable(_SimulationTable):
     pause_s: longest suspension, in seconds.
     """
 
-    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     node_crash: Annotated[float, Field(ge=0)] = 0.0
     broker_crash: Annotated[float, Field(ge=0)] = 0.0
     power: Annotated[float, Field(ge=0)] = 0.0
@@ -112,3 +112,8 @@ class SimulationTable(_SimulationTable):
         if spec is not None and "availability_step" in info.data:
             check_availability(spec, info.data["availability_step"])
         return spec
+
+
+def stand_in_of(table: SimulationTable | None) -> CurveTable | None:
+    """Return what clients train in place of the problem; None if they train the problem."""
+    return table.curve if table is not None and table.learner == "curve" else None
