@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import EVALUATOR, WORKER
-from fedmq.broker.wire.client_map import ClientMap
+from fedmq.broker.wire.client_map import ClientMap, is_range
 from fedmq.broker.wire.schema import Message
 
 Clients = npt.NDArray[np.int64]
@@ -160,7 +160,7 @@ class Fleet:
         found = []
         for name in ("back", "away"):
             ranges = message.body.get(name, [])
-            if not isinstance(ranges, list) or not all(map(_is_range, ranges)):
+            if not isinstance(ranges, list) or not all(map(is_range, ranges)):
                 text = f"expected ranges [low, high] of clients in {name}"
                 return Rejection(Code.MALFORMED, text)
             for low, high in ranges:
@@ -249,10 +249,3 @@ def as_list(clients: Clients) -> list[int]:
     """Return clients as Python's own numbers."""
     found: list[int] = clients.tolist()
     return found
-
-
-def _is_range(value: object) -> bool:
-    match value:
-        case [int(low), int(high)] if low <= high:
-            return not isinstance(low, bool) and not isinstance(high, bool)
-    return False
