@@ -2,8 +2,8 @@
 
 Modelled on the noisy quadratic model of Zhang et al., "Which Algorithmic Choices Matter at Which
 Batch Sizes?", NeurIPS 2019, section 3: SGD along each direction j of a quadratic with curvature
-h_j = 1/j, and gradient noise whose covariance is that of the curvature. Here the model is a vector
-w of `DIM` numbers, w_0 = 0, and client k minimises
+proportional to 1/j, and gradient noise whose covariance is that of the curvature. Here the model is
+a vector w of `DIM` numbers, w_0 = 0, h_j = curvature / j, and client k minimises
 
     F_k(w) = 1/2 sum_j h_j (w_j - c_kj)^2,    c_k = c + heterogeneity * s * z_k,
 
@@ -15,11 +15,12 @@ the loss of w_0 is log(classes), as that of an untrained network:
 A step with a batch of B examples uses h_j (w_j - c_kj) + noise * s * sqrt(h_j / B) * N(0, 1). All
 steps of a task are one linear map of w and one normal vector, so a task costs microseconds.
 
-What follows from the equations holds here: local steps overshoot towards the client's own optimum,
-stale updates point from where the client started, averages of more clients are less noisy. What
-does not hold: losses of networks are not convex, their noise is not normal, heterogeneity does not
-come from the partition, and a codec acts on `DIM` numbers, not on the layers of a model. Compare
-schedules with it, and check the conclusion with real training. The accuracy is no forecast.
+What follows from the equations holds here: local steps end near the client's own optimum, stale
+updates point from where the client started and diverge if a task covers too much of the distance,
+averages of more clients are less noisy. What does not hold: losses of networks are not convex,
+their noise is not normal, heterogeneity does not come from the partition, and a codec acts on `DIM`
+numbers, not on the layers of a model. Compare schedules with it, and check the conclusion with real
+training. The accuracy is no forecast.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ DIM = 32
 """Number of components of w."""
 _CLASSES = 10
 _NORMAL = NormalDist()
-_CURVATURE = 1.0 / np.arange(1, DIM + 1)
-"""h, float64 [DIM]."""
+_SPECTRUM = 1.0 / np.arange(1, DIM + 1)
+"""h relative to its largest component, float64 [DIM]."""
 
 Vector = NDArray[np.float64]
 
@@ -75,11 +76,13 @@ class QuadraticProblem(Problem):
     real: the problem that it stands in for: it has the clients and their numbers of examples.
     heterogeneity: how far the clients' optima are from the common one; 1 is as far as w_0.
     noise: standard deviation of the gradient of one example.
+    curvature: h_1, of the steepest direction.
     """
 
     real: Problem
     heterogeneity: float
     noise: float
+    curvature: float
 
     @property
     def clients(self) -> int:  # type: ignore[override] # a plain value in the base class
@@ -124,8 +127,8 @@ class QuadraticProblem(Problem):
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return the loss of w; outputs: w, [n, DIM]."""
         away = outputs - torch.from_numpy(self._optimum).to(outputs)
-        curvature = torch.from_numpy(_CURVATURE).to(outputs)
-        return 0.5 * (curvature * away.square()).sum(dim=1).mean()
+        h = torch.from_numpy(self.curvature * _SPECTRUM).to(outputs)
+        return 0.5 * (h * away.square()).sum(dim=1).mean()
 
     def metrics(self, outputs: Tensor, y: Tensor) -> Mapping[str, float]:
         """Return ``loss`` and ``accuracy``."""
@@ -147,10 +150,10 @@ class QuadraticProblem(Problem):
         """
         first = start.double().numpy()
         own = self._optimum + self.heterogeneity * self._scale * self._difference(client)
-        left, spread = _response(how)
-        stiffness = _CURVATURE + how.weight_decay + how.proximal
-        fixed = (_CURVATURE * own + how.proximal * first) / stiffness
-        step_noise = self.noise * self._scale * np.sqrt(_CURVATURE / how.batch_size)
+        h = self.curvature * _SPECTRUM
+        left, spread = _response(how, self.curvature)
+        fixed = (h * own + how.proximal * first) / (h + how.weight_decay + how.proximal)
+        step_noise = self.noise * self._scale * np.sqrt(h / how.batch_size)
         drawn = derive_rng(seed, "gradient noise").standard_normal(DIM)
         end = fixed + left * (first - fixed) + step_noise * spread * drawn
         return torch.from_numpy(end.astype(np.float32))
@@ -170,7 +173,7 @@ class QuadraticProblem(Problem):
             classes = self.real.classes
         except ProblemError:
             classes = _CLASSES
-        return math.sqrt(2 * math.log(max(2, classes)) / _CURVATURE.sum())
+        return math.sqrt(2 * math.log(max(2, classes)) / (self.curvature * _SPECTRUM.sum()))
 
     @cached_property
     def _optimum(self) -> Vector:
@@ -193,12 +196,12 @@ def _empty(count: int) -> Examples:
 
 
 @functools.lru_cache(maxsize=1024)
-def _response(how: LocalSteps) -> tuple[Vector, Vector]:
+def _response(how: LocalSteps, curvature: float) -> tuple[Vector, Vector]:
     """Return what is left of a distance after all steps, and the effect of unit noise in each.
 
     Both float64 [DIM]; the noise is the root of the summed squares of the steps' effects.
     """
-    stiffness = _CURVATURE + how.weight_decay + how.proximal
+    stiffness = curvature * _SPECTRUM + how.weight_decay + how.proximal
     distance, speed = np.ones(DIM), np.zeros(DIM)
     effect, effect_speed = np.full(DIM, -how.lr), np.ones(DIM)  # of noise in the last step
     squares = np.zeros(DIM)

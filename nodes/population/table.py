@@ -63,11 +63,14 @@ class CurveTable(_SimulationTable):
 
     heterogeneity: how far a client's optimum is from the common one, relative to the first
         model's distance; 0 for clients with the same optimum.
-    noise: standard deviation of the gradient of one example, relative to the first gradient.
+    noise: of the gradient of one example; its unit is in `fedmq.algorithms.problems.quadratic`.
+    curvature: of the steepest direction: SGD of n steps covers about n * lr * curvature of the
+        distance to the optimum along it.
     """
 
     heterogeneity: Annotated[float, Field(ge=0)] = 0.5
     noise: Annotated[float, Field(ge=0)] = 1.0
+    curvature: Annotated[float, Field(gt=0)] = 0.1
 
 
 class SimulationTable(_SimulationTable):

@@ -194,7 +194,7 @@ def _stand_in(config: Config, problem: Problem, algorithm: AnyAlgorithm) -> Prob
             f"{algorithm.name}, got 'curve', which stands in for the training of "
             "fedavg and fedprox only"
         )
-    return QuadraticProblem(problem, stand_in.heterogeneity, stand_in.noise)
+    return QuadraticProblem(problem, **stand_in.model_dump())
 
 
 def _check_ranges(problem: Problem) -> None:

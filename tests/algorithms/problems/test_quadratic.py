@@ -16,11 +16,11 @@ from fedmq.algorithms.tasks import Result
 
 REAL = ImageClassification("mnist-mini", "mlp", 1000, "bootstrap(100)", 0)
 HOW = LocalSteps(30, 10, 0.05, 0.5, 0.0, 0.0)
-H = 1 / np.arange(1, DIM + 1)
+H = 0.8 / np.arange(1, DIM + 1)
 
 
 def stand_in(heterogeneity: float = 0.5, noise: float = 0.0, seed: int = 0) -> QuadraticProblem:
-    return QuadraticProblem(dataclasses.replace(REAL, seed=seed), heterogeneity, noise)
+    return QuadraticProblem(dataclasses.replace(REAL, seed=seed), heterogeneity, noise, 0.8)
 
 
 def trained(algorithm, problem, client=0, seed=0, start=None):
