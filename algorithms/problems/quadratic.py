@@ -18,16 +18,16 @@ steps of a task are one linear map of w and one normal vector, so a task costs m
 What follows from the equations holds here: local steps end near the client's own optimum, stale
 updates point from where the client started and diverge if a task covers too much of the distance,
 averages of more clients are less noisy. What does not hold: losses of networks are not convex,
-their noise is not normal, heterogeneity does not come from the partition, and a codec acts on `DIM`
-numbers, not on the layers of a model. Compare schedules with it, and check the conclusion with real
-training. The accuracy is no forecast.
+their noise is not normal, heterogeneity and numbers of examples are settings and come from no
+partition, and a codec acts on `DIM` numbers, not on the layers of a model. Compare schedules with
+it, and check the conclusion with real training. The accuracy is no forecast.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
@@ -73,13 +73,15 @@ class LocalSteps:
 class QuadraticProblem(Problem):
     """The stand-in of a problem; see the module for its equations.
 
-    real: the problem that it stands in for: it has the clients and their numbers of examples.
+    real: the problem that it stands in for.
+    examples: returns a client's number of training examples.
     heterogeneity: how far the clients' optima are from the common one; 1 is as far as w_0.
     noise: standard deviation of the gradient of one example.
     curvature: h_1, of the steepest direction.
     """
 
     real: Problem
+    examples: Callable[[int], int]
     heterogeneity: float
     noise: float
     curvature: float
@@ -99,22 +101,17 @@ class QuadraticProblem(Problem):
         """Return the number of clients that never train."""
         return self.real.held_out
 
-    @property
-    def most_examples(self) -> int:
-        """Return the most training examples that one client can have."""
-        return self.real.most_examples
-
     def model(self) -> nn.Module:
         """Return w_0."""
         return _Position()
 
     def client(self, index: int) -> Examples:
-        """Return as many examples as the client really has; all are empty."""
+        """Return the examples of one client; all are empty."""
         return _empty(self.client_size(index))
 
     def client_size(self, index: int) -> int:
         """Return the client's number of examples."""
-        return self.real.client_size(index)
+        return self.examples(index)
 
     def label_position(self, index: int) -> float:
         """Return the share of normal draws below z_k0: clients with similar optima are close."""

@@ -61,6 +61,7 @@ class FaultsTable(_SimulationTable):
 class CurveTable(_SimulationTable):
     """``[simulation.curve]``: the stand-in that ``learner = "curve"`` trains.
 
+    examples: number of training examples of a client, drawn once per client and rounded.
     heterogeneity: how far a client's optimum is from the common one, relative to the first
         model's distance; 0 for clients with the same optimum.
     noise: of the gradient of one example; its unit is in `fedmq.algorithms.problems.quadratic`.
@@ -68,6 +69,7 @@ class CurveTable(_SimulationTable):
         distance to the optimum along it.
     """
 
+    examples: Spec = 100.0
     heterogeneity: Annotated[float, Field(ge=0)] = 0.5
     noise: Annotated[float, Field(ge=0)] = 1.0
     curvature: Annotated[float, Field(gt=0)] = 0.1
