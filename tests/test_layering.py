@@ -99,8 +99,9 @@ PARTS = {
         "cluster": "errors process keys messages run history run_folder aggregator worker",
         "simulation": "errors process messages population run history run_folder aggregator worker "
         "cluster",
+        "api": "errors process run history run_folder trace cluster",
         "cli": "errors process keys run history run_folder aggregator worker cluster trace replay "
-        "simulation",
+        "simulation api population",
         "__main__": "cli",
     },
 }

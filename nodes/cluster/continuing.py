@@ -22,7 +22,7 @@ from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run.config import Config, changed, load, parse
 from fedmq.nodes.run.config_difference import Differences, differences, shown
-from fedmq.nodes.run.goal import Goal
+from fedmq.nodes.run.goal import Goal, Spent
 from fedmq.nodes.run.toml import NONE
 from fedmq.nodes.run_folder.folder import (
     Contents,
@@ -45,6 +45,9 @@ RUNS = Path("runs")
 MAY_DIFFER: Mapping[str, Literal["goal", "here"]] = {
     "run.versions": "goal",
     "run.target_accuracy": "goal",
+    "run.max_bytes": "goal",
+    "run.max_wall_s": "goal",
+    "run.patience": "goal",
     "run.failures": "goal",
     "worker": "here",
     "broker": "here",
@@ -179,7 +182,7 @@ def continuation(asked: Asked) -> Continuation | None:
     found = _differences(before, now)
     _check_same(asked, found)
     goal, best = Goal.of(now.run), run.best_accuracy
-    changed_goal = any(_kind(key) == "goal" for key in found)
+    changed_goal = any(kind_of_key(key) == "goal" for key in found)
     if changed_goal and goal.versions < run.version:
         raise ConfigError(
             f"run.versions: expected at least {run.version}, which run {run.run} in {asked.folder} "
@@ -192,7 +195,13 @@ def continuation(asked: Asked) -> Continuation | None:
                 f"run.target_accuracy: expected more than {best:.4f}, the best accuracy of run "
                 f"{run.run} in {asked.folder}, or {NONE}, got {goal.target_accuracy:g}"
             )
-        if met or goal.after(run.version):
+        key, reason = goal.limit_reached(_spent(run), run.wall_s)
+        if changed_goal and reason:
+            raise ConfigError(
+                f"{key}: expected more than run {run.run} in {asked.folder} has used, or {NONE}: "
+                f"{reason}"
+            )
+        if met or reason or goal.after(run.version):
             return None
     if run.arithmetic is not None:
         Computed().check(run.arithmetic, run.run)
@@ -261,6 +270,15 @@ def show_ended(asked: Asked, console: Console, hint: str = _EXTEND) -> None:
     )
 
 
+def _spent(run: RunHistory) -> Spent:
+    """Return what a run has used of its limits."""
+    spent = Spent(payload_bytes=run.payload_up + run.payload_down)
+    for point in run.curve:
+        if point.accuracy is not None and not point.is_partial:
+            spent.evaluated(point.accuracy)
+    return spent
+
+
 def _check_code(asked: Asked) -> None:
     """Raise ConfigError if only the ledger names the run's own code: that does not allow it."""
     named = [str(table.get("name")) for table in (asked.config.problem, asked.config.algorithm)]
@@ -305,6 +323,6 @@ def _differences(before: Config, now: Config, *, only: Sequence[str] = ()) -> Di
     }
 
 
-def _kind(key: str) -> str | None:
+def kind_of_key(key: str) -> str | None:
     """Return the entry of a key in `MAY_DIFFER`, or None."""
     return MAY_DIFFER.get(key) or MAY_DIFFER.get(key.partition(".")[0])

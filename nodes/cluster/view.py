@@ -20,7 +20,14 @@ from fedmq.nodes.history.facts import SentTask
 from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.history.tracker import NodeState
-from fedmq.nodes.process.terminal import clients_in_words, duration, fitted, plain, plural
+from fedmq.nodes.process.terminal import (
+    clients_in_words,
+    duration,
+    fitted,
+    plain,
+    plural,
+    size_text,
+)
 from fedmq.nodes.run.config import parse
 
 _PLAIN_EVERY_S = 5.0
@@ -210,7 +217,7 @@ def closing_table(summary: Mapping[str, Any]) -> ClosingTable:
         ("time", f"{_time(summary)}, first task after {_seconds(summary['first_task_s'])}"),
     ]
     for way in ("down", "up"):
-        payload, wire = _size(sizes[way]["payload"]), _size(sizes[way]["wire"])
+        payload, wire = size_text(sizes[way]["payload"]), size_text(sizes[way]["wire"])
         rows.append((f"bytes {way}", f"{payload} payload, {wire} on the wire"))
     rows.append(("model", summary["model_digest"] or "-"))
     clients = summary.get("clients")
@@ -301,7 +308,7 @@ def figures(history: RunHistory) -> dict[str, str]:
     else:
         known = history.mean_staleness
         found["staleness"] = "-" if known is None else f"{known:.1f}"
-    return {**found, "down": _size(history.payload_down), "up": _size(history.payload_up)}
+    return {**found, "down": size_text(history.payload_down), "up": size_text(history.payload_up)}
 
 
 def warnings(history: RunHistory, *, waits: bool) -> dict[str, str]:
@@ -365,13 +372,3 @@ def _time(summary: Mapping[str, Any]) -> str:
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} s"
-
-
-def _size(nbytes: float | None) -> str:
-    if nbytes is None:
-        return "-"
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"

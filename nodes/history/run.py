@@ -23,7 +23,8 @@ from fedmq.broker.wire.schema import Message
 from fedmq.nodes.history.curve import CurvePoint, VersionTotals
 from fedmq.nodes.history.facts import Facts, SentTask, natural
 from fedmq.nodes.history.outcomes import Outcomes
-from fedmq.nodes.history.tracker import ANSWERS, NodeState, TaskTracker
+from fedmq.nodes.history.tracker import NodeState, TaskTracker
+from fedmq.nodes.messages.actions import ANSWERS
 from fedmq.nodes.messages.metrics import received_metrics
 from fedmq.nodes.messages.tensor_tables import group_blobs
 from fedmq.nodes.run.agreement import disagree
