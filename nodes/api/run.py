@@ -135,7 +135,7 @@ class Run:
         ]
         return ArrayTable.of_rows(rows, "client", ("client", "tasks", "used"))
 
-    @property
+    @functools.cached_property
     def trace(self) -> RunTrace:
         """Return the messages of the run, to iterate over."""
         return RunTrace(self.folder, self._run_id)

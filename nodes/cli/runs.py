@@ -116,6 +116,7 @@ def simulate(
 @click.option(
     "--processes", type=WholeNumber(min=0), help="Number of processes that train a simulation."
 )
+@click.option("--on", "cluster", type=Word(["ray"]), help="Train simulations on a Ray cluster.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, with a row for each run.")
 def sweep(
     config: Path | None,
@@ -127,6 +128,7 @@ def sweep(
     jobs: int,
     workers: int | None,
     processes: int | None,
+    cluster: str | None,
     as_csv: bool,  # noqa: FBT001 - click's
 ) -> None:
     """Run a configuration with each combination of some values, and compare the results.
@@ -151,16 +153,16 @@ def sweep(
             raise ConfigError("sweep: expected --over KEY=A,B or --seeds N, what to compare")
         if simulated and workers is not None:
             raise ConfigError("--workers: a simulation has no workers; --processes trains it")
-        if not simulated and processes is not None:
-            raise ConfigError("--processes: expected it with --simulate; use --workers")
+        for name, value in (("--processes", processes), ("--on", cluster)):
+            if not simulated and value is not None:
+                raise ConfigError(f"{name}: expected --simulate, too")
         sweeper = Sweeper(
             Given.of_command(config, settings).tables,
             over,
             "simulate" if simulated else "run",
             folder,
             jobs,
-            workers,
-            processes,
+            {"workers": workers, "processes": processes, "on": cluster},
             show=lambda line: click.echo(line, err=True),
         )
         made = sweeper.sweep
