@@ -100,8 +100,8 @@ PARTS = {
         "simulation": "errors process messages population run history run_folder aggregator worker "
         "cluster",
         "api": "errors process run history run_folder trace cluster",
-        "cli": "errors process population keys run history run_folder aggregator worker cluster "
-        "trace replay simulation api",
+        "cli": "errors process keys run history run_folder aggregator worker cluster trace replay "
+        "simulation api population",
         "__main__": "cli",
     },
 }

@@ -289,12 +289,15 @@ def broker(
 
 
 @main.command("list")
-@click.argument("what", type=Word(["algorithms", "codecs", "problems", "schedules"]))
+@click.argument(
+    "what", type=Word(["algorithms", "codecs", "distributions", "problems", "schedules"])
+)
 def list_(what: str) -> None:
-    """List the available algorithms, codecs, problems or schedules.
+    """List the available algorithms, codecs, distributions, problems or schedules.
 
     Algorithms and schedules are listed with their configuration keys and defaults, problems with
-    the numbers of training + test examples and the default model.
+    the numbers of training + test examples and the default model. Distributions are for
+    [simulation] and worker.slowdown.
     """
     from fedmq.nodes.cli.catalogue import lines
 
