@@ -106,6 +106,11 @@ class Broker:
         return due if due < math.inf else None
 
     @property
+    def next_seq(self) -> int:
+        """Number of the next ledger entry."""
+        return self._mailboxes.next_seq
+
+    @property
     def idle(self) -> bool:
         """Return whether the runs that it serves have ended, at least one, without nodes left."""
         runs = self._mailboxes.runs

@@ -19,7 +19,7 @@ from fedmq.nodes.aggregator.evaluations import ClientEvaluation
 from fedmq.nodes.aggregator.progress import Failures
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.messages.payloads import RAW, Packed, pack, unpack
-from fedmq.nodes.run.goal import Goal
+from fedmq.nodes.run.goal import Goal, Spent
 
 
 class OutstandingTask(Struct):
@@ -58,6 +58,8 @@ class Fold(Struct):
     rules: version of the rules by which failures are counted.
     failed: whether the run ends without reaching its goal.
     goal: the run's goal; missing in checkpoints of 0.1.0.
+    spent: what the run has used of the goal's limits.
+    wall_timer: token of the timer that ends the run, or "".
     expects_evaluator: whether a resumed run had an evaluator before.
     asked_final: if a timer limits the wait for the final evaluation, the number of outstanding
         evaluations when it was set.
@@ -86,6 +88,8 @@ class Fold(Struct):
     failed: bool = False
     rules: int = 0
     goal: Goal | UnsetType = UNSET
+    spent: Spent = msgspec.field(default_factory=Spent)
+    wall_timer: str = ""
     expects_evaluator: bool | UnsetType = UNSET
     asked_final: int | UnsetType = UNSET
 

@@ -155,18 +155,22 @@ class Progress:
             f"of {failures.last}"
         )
 
-    def evaluated(self, failed: str) -> str:
-        """Record the end of an evaluation of the model; ``failed``: why it failed, or "".
+    def evaluated(self, failed: str, key: str) -> str:
+        """Record the end of an evaluation of the model.
+
+        Args:
+            failed: why it failed, or "".
+            key: of the goal that needs it, such as ``run.target_accuracy``.
 
         Returns:
-            The reason if too many evaluations failed for a run with a target accuracy, else "".
+            The reason if too many evaluations failed, else "".
         """
         self.failures.evaluations = self.failures.evaluations + 1 if failed else 0
         if not self.rules or self.failures.evaluations < self.allowed:
             return ""
         return (
             f"{self.failures.evaluations} evaluations in a row failed (run.failures), and "
-            f"run.target_accuracy needs them; the last: {clip_text(failed)}"
+            f"{key} needs them; the last: {clip_text(failed)}"
         )
 
     def waiting(self, hosts: Mapping[int, str]) -> set[int]:

@@ -11,6 +11,8 @@ from msgspec import UNSET
 from torch import Tensor
 
 from fedmq.algorithms.base import OpaqueState
+from fedmq.broker.wire.addresses import TIMER
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.evaluations import Evaluations
@@ -19,9 +21,13 @@ from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.results import ResultCollector
 from fedmq.nodes.aggregator.tasks import MessageFactory, Tasks
 from fedmq.nodes.aggregator.version import DeferredResults
-from fedmq.nodes.messages.actions import Commit
-from fedmq.nodes.run.goal import Goal
+from fedmq.nodes.messages.actions import ANSWERS, AggregatorAction, Commit
+from fedmq.nodes.messages.payloads import Packed
+from fedmq.nodes.run.goal import Goal, Spent
 from fedmq.nodes.run.setup import Setup
+
+_LEAST_TIMER_S = 1e-3
+"""A shorter rest of ``run.max_wall_s`` counts as over: times since 1970 are rounded."""
 
 
 class AggregatorState:
@@ -39,6 +45,7 @@ class AggregatorState:
         self._computed = computed or Computed()
         self._settings = setup.config.run
         self._goal = Goal.of(self._settings)
+        self._spent, self._wall_timer = Spent(), ""
         self._messages = MessageFactory(run, node)
         self._post = self._messages.post
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
@@ -127,6 +134,47 @@ class AggregatorState:
         for fault in self._faults():
             raise AssertionError(fault)
 
+    def _note_received(self, message: Message) -> None:
+        """Count a message of the inbox for the limits of the run."""
+        if self._spent.started_at is None:
+            self._spent.started_at = self._now
+        if message.kind in ANSWERS:
+            self._spent.payload_bytes += sum([blob.size for blob in message.blobs])
+
+    def _request(
+        self,
+        out: list[AggregatorAction],
+        kind: str,
+        to: str,
+        body: Mapping[str, Any],
+        packed: Packed,
+    ) -> str:
+        """Post a task or an evaluation, and count its bytes; return its id."""
+        self._spent.payload_bytes += sum([blob.size for blob in packed.blobs])
+        return self._post(out, kind, to, body, packed)
+
+    def _reaches_limit(self) -> bool:
+        """Return whether the run ends, or ends now because it has reached a limit."""
+        self._finishing = self._finishing or self._goal.limit_reached(self._spent)[1]
+        return bool(self._finishing)
+
+    def _set_wall_timer(self, after_s: float, out: list[AggregatorAction]) -> None:
+        """Set the timer of ``run.max_wall_s``: nothing else may arrive in time."""
+        self._wall_timer = f"wall/{self._position}"
+        self._post(out, "timer", TIMER, {"token": self._wall_timer, "after_s": after_s})
+
+    def _wall_time(self, out: list[AggregatorAction]) -> None:
+        """End the run if its time is over; else set the timer for the rest of it."""
+        self._wall_timer, limit = "", self._goal.max_wall_s
+        if limit is None:
+            return
+        left = limit - self._spent.wall_s(self._now)
+        if left > _LEAST_TIMER_S:
+            self._set_wall_timer(min(left, limit), out)
+            return
+        self._finishing = self._finishing or self._goal.limit_reached(self._spent, limit)[1]
+        self._running = True  # it ends even if it waits for clients to join
+
     def _faults(self) -> Iterator[str]:
         current, counts = self._results.current, self._results.counts
         yield from current.faults()
@@ -183,6 +231,8 @@ class AggregatorState:
             failures=self._progress.failures,
             failed=self._failed,
             goal=self._goal,
+            spent=self._spent,
+            wall_timer=self._wall_timer,
             expects_evaluator=self._fleet.expects_evaluator or UNSET,
             rules=self._progress.rules,
             asked_final=UNSET if self._asked_final is None else self._asked_final,

@@ -108,8 +108,9 @@ def cluster(
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes.
 
-    CONFIG is a TOML file; keys that it and --set leave out have their defaults. With broker.bind,
-    workers of other hosts can connect, too: --keys has the broker's key, see fedmq keys.
+    CONFIG is a TOML file, or - for standard input; keys that it and --set leave out have their
+    defaults. With broker.bind, workers of other hosts can connect, too: --keys has the broker's
+    key, see fedmq keys.
     """
     now = time.time()
     from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended

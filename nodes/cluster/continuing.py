@@ -22,7 +22,7 @@ from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run.config import Config, changed, load, parse
 from fedmq.nodes.run.config_difference import Differences, differences, shown
-from fedmq.nodes.run.goal import Goal
+from fedmq.nodes.run.goal import Goal, Spent
 from fedmq.nodes.run.toml import NONE
 from fedmq.nodes.run_folder.folder import (
     Contents,
@@ -40,9 +40,13 @@ RUNS = Path("runs")
 MAY_DIFFER: Mapping[str, Literal["goal", "here"]] = {
     "run.versions": "goal",
     "run.target_accuracy": "goal",
+    "run.max_bytes": "goal",
+    "run.max_wall_s": "goal",
+    "run.patience": "goal",
     "run.failures": "goal",
     "worker": "here",
     "broker": "here",
+    "simulation": "here",
 }
 """Keys and tables that may differ when a run is resumed, see docs/configuration.md.
 
@@ -174,7 +178,13 @@ def continuation(asked: Asked) -> Continuation | None:
                 f"run.target_accuracy: expected more than {best:.4f}, the best accuracy of run "
                 f"{run.run} in {asked.folder}, or {NONE}, got {goal.target_accuracy:g}"
             )
-        if met or goal.after(run.version):
+        key, reason = goal.limit_reached(_spent(run), run.wall_s)
+        if changed_goal and reason:
+            raise ConfigError(
+                f"{key}: expected more than run {run.run} in {asked.folder} has used, or {NONE}: "
+                f"{reason}"
+            )
+        if met or reason or goal.after(run.version):
             return None
     if run.arithmetic is not None:
         Computed().check(run.arithmetic, run.run)
@@ -210,6 +220,15 @@ def show_ended(asked: Asked, console: Console) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+def _spent(run: RunHistory) -> Spent:
+    """Return what a run has used of its limits."""
+    spent = Spent(payload_bytes=run.payload_up + run.payload_down)
+    for point in run.curve:
+        if point.accuracy is not None and not point.is_partial:
+            spent.evaluated(point.accuracy)
+    return spent
 
 
 def _check_code(asked: Asked) -> None:

@@ -20,7 +20,7 @@ from fedmq.nodes.history.facts import SentTask
 from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.history.tracker import NodeState
-from fedmq.nodes.process.terminal import clients_in_words, fitted, plain, plural
+from fedmq.nodes.process.terminal import clients_in_words, fitted, plain, plural, size_text
 from fedmq.nodes.run.config import parse
 
 _PLAIN_EVERY_S = 5.0
@@ -196,7 +196,7 @@ def closing_table(summary: Mapping[str, Any]) -> ClosingTable:
         ),
     ]
     for way in ("down", "up"):
-        payload, wire = _size(sizes[way]["payload"]), _size(sizes[way]["wire"])
+        payload, wire = size_text(sizes[way]["payload"]), size_text(sizes[way]["wire"])
         rows.append((f"bytes {way}", f"{payload} payload, {wire} on the wire"))
     rows.append(("model", summary["model_digest"] or "-"))
     clients = summary.get("clients")
@@ -287,7 +287,7 @@ def _figures(history: RunHistory) -> dict[str, str]:
     else:
         known = history.mean_staleness
         figures["staleness"] = "-" if known is None else f"{known:.1f}"
-    return {**figures, "down": _size(history.payload_down), "up": _size(history.payload_up)}
+    return {**figures, "down": size_text(history.payload_down), "up": size_text(history.payload_up)}
 
 
 def _warnings(history: RunHistory, *, waits: bool) -> dict[str, str]:
@@ -342,13 +342,3 @@ def _percent(value: float | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} s"
-
-
-def _size(nbytes: float | None) -> str:
-    if nbytes is None:
-        return "-"
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"

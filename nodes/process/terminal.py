@@ -60,6 +60,17 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def size_text(nbytes: float | None) -> str:
+    """Return a size with its unit, such as ``65.9 MB``; "-" for None."""
+    if nbytes is None:
+        return "-"
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
+
+
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, width: int = WIDTH
 ) -> list[str]:

@@ -29,6 +29,7 @@ from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.messages.payloads import Codecs
 from fedmq.nodes.process.exception_text import described
 from fedmq.nodes.run.config import Config
+from fedmq.nodes.run.goal import Goal
 from fedmq.nodes.run.numbers import check_types
 from fedmq.nodes.run.stragglers import slowdown
 from fedmq.nodes.run.toml import describe
@@ -142,9 +143,10 @@ def check_attainable(setup: Setup, workers: Collection[str] = ()) -> None:
             f"schedule.{key}: expected at most problem.clients, {clients}, got {wanted}"
         )
     run = config.run
-    if run.target_accuracy is not None and not run.evaluate_every:
+    needs = Goal.of(run).needs_accuracy
+    if needs and not run.evaluate_every:
         raise ConfigError(
-            "run.evaluate_every: expected at least 1 because run.target_accuracy is set, got 0: "
+            f"run.evaluate_every: expected at least 1 because {needs} is set, got 0: "
             "only the last version would be evaluated"
         )
     if all(config.worker.straggling(name).drop >= 1 for name in workers or [""]):

@@ -23,6 +23,7 @@ from fedmq.nodes.history.run import RunHistory, runs_of
 from fedmq.nodes.process.atomic_write import replacing
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.config import Config
+from fedmq.nodes.run.toml import STDIN
 
 CONFIG_FILE = "config.toml"
 _FRESH_FILE = f"{CONFIG_FILE}.new"
@@ -157,6 +158,8 @@ def usable_config(folder: Path) -> Path | None:
 
 def is_record(file: Path) -> bool:
     """Return whether a run wrote this configuration file, so that its run.id is in use."""
+    if file == STDIN:
+        return False
     return bool(_OWN.search(_text_of(file))) or (file.parent / LEDGER).is_dir()
 
 

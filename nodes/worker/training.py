@@ -7,7 +7,7 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import seeded
@@ -19,6 +19,8 @@ from fedmq.nodes.messages.metrics import within
 from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
+
+Compute = Callable[[Train | Evaluate], Trained | Evaluated]
 
 
 def compute(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Evaluated:

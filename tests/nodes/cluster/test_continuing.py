@@ -235,6 +235,31 @@ def test_a_target_that_was_reached_ends_it_and_another_one_must_be_ahead(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("limit", "raised"),
+    [({"patience": 2}, {"run__patience": 3}), ({"max_wall_s": 1.0}, {"run__max_wall_s": 50.0})],
+)
+def test_a_limit_that_ended_a_run_must_be_raised(tmp_path, limit, raised) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    given = {**GIVEN, "run": {**GIVEN["run"], **limit}}
+    write_config(folder, completed(build(given)), BEGUN)
+    story = Story(folder, build(given))
+    story.versions(4)
+    for accuracy in (0.5, 0.25, 0.5):
+        story.accuracy(accuracy)
+    story.at += 3.0
+    story.close("the limit")
+    assert goes_on(folder) is None
+    (key,) = limit
+    with pytest.raises(ConfigError, match=rf"run\.{key}: expected more than run r in .* has used"):
+        goes_on(folder, run__versions=20)
+    for more in (raised, {f"run__{key}": "none"}):
+        found = goes_on(folder, **more)
+        assert found is not None
+        assert found.further
+
+
+@pytest.mark.parametrize(
     "stopped",
     [
         ["config.toml"],
