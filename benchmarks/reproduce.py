@@ -50,8 +50,8 @@ from fedmq.nodes.run.config import load
 FIRST: Sequence[Cell] = (*fedavg.CELLS, *caldas.CELLS, fedbuff.IID)
 CELLS: Sequence[Cell] = (
     *FIRST,
-    fedbuff.SHARDS,
     *caldas.MORE,
+    fedbuff.SHARDS,
     *fedgkt.CELLS,
     *distillation.CELLS,
     *fedrep.CELLS,
