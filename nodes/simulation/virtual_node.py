@@ -22,8 +22,9 @@ from fedmq.broker.wire.addresses import AGGREGATOR, AVAILABILITY
 from fedmq.broker.wire.schema import Hello, Message, Range
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.aggregator.program import LinkedAggregator, fold_until_over
+from fedmq.nodes.aggregator.program import QUIET_S, LinkedAggregator, fold_until_over
 from fedmq.nodes.process.logs import SILENT
+from fedmq.nodes.run.agreement import Fingerprint
 from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.session import admitted
 from fedmq.nodes.run.setup import Setup
@@ -87,6 +88,8 @@ class VirtualAggregator(VirtualNode):
     Args:
         setup: objects of the run.
         folder: where it saves the final model; None to save none.
+        version_0: see `version_zero`.
+        quiet_s: see `LinkedAggregator`.
         checked: whether its core validates its state after each event.
 
     Attributes:
@@ -103,12 +106,16 @@ class VirtualAggregator(VirtualNode):
         setup: Setup,
         folder: Path | None = None,
         log: FilteringBoundLogger = SILENT,
+        version_0: Fingerprint | None = None,
         *,
+        quiet_s: float = QUIET_S,
         checked: bool = True,
     ) -> None:
         super().__init__(port, machine, hello, draw_s, log)
-        self._setup, self._folder = setup, folder
-        core = Aggregator(setup, hello.run, hello.node, Computed(device=kind_of("cpu")))
+        self._setup, self._folder, self._version_0 = setup, folder, version_0
+        self._quiet_s = quiet_s
+        computed = Computed(device=kind_of("cpu"), version_0=version_0)
+        core = Aggregator(setup, hello.run, hello.node, computed)
         self.core = validated(core) if checked else core
         self.finished = ""
 
@@ -122,7 +129,7 @@ class VirtualAggregator(VirtualNode):
 
         port = LinkedAggregator(link, self._setup.problem, self._folder, self.log, self._beside)
         port.over = over
-        fold_until_over(self.core, port, None)
+        fold_until_over(self.core, port, self._version_0)
 
     def _beside(self, work: Callable[[], None]) -> None:
         self._machine.after(self._draw_s(), work)
@@ -135,6 +142,7 @@ class VirtualWorker(VirtualNode):
         setup: objects of the run.
         store: the clients' states, which survive the process.
         compute: trains and evaluates; by default in this process.
+        version_0: see `version_zero`.
         checked: whether its core validates its state after each event.
 
     Attributes:
@@ -152,13 +160,14 @@ class VirtualWorker(VirtualNode):
         store: ClientStateStore,
         compute: Compute | None = None,
         log: FilteringBoundLogger = SILENT,
+        version_0: Fingerprint | None = None,
         *,
         checked: bool = True,
     ) -> None:
         super().__init__(port, machine, hello, draw_s, log)
         self._setup, self.store = setup, store
         self._compute = compute or functools.partial(training.compute, setup=setup, device="cpu")
-        core = Worker(setup, hello.run, hello.node, hello.clients, store)
+        core = Worker(setup, hello.run, hello.node, hello.clients, store, version_0)
         self.core = validated(core) if checked else core
         self._reports = itertools.count(1)
 
