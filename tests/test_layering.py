@@ -86,20 +86,22 @@ PARTS = {
     "nodes": {
         "process": "",
         "errors": "process",
-        "keys": "errors process",
         "messages": "errors process",
         "population": "errors",
         "run": "errors process messages population",
+        "keys": "errors process run",
         "history": "messages run",
         "run_folder": "errors process messages run history",
         "aggregator": "errors process messages run run_folder",
         "worker": "errors process messages run",
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
-        "simulation": "errors process run aggregator worker",
         "cluster": "errors process keys messages run history run_folder aggregator worker",
+        "simulation": "errors process messages population run history run_folder aggregator worker "
+        "cluster",
         "api": "errors process run history run_folder trace cluster",
-        "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
+        "cli": "errors process keys run history run_folder aggregator worker cluster trace replay "
+        "simulation api population",
         "__main__": "cli",
     },
 }

@@ -52,6 +52,9 @@ class Fold(Struct):
     """State of an aggregator between two versions, besides the algorithm's state.
 
     position, at: number and time of the last message in the fold.
+    hosts: node of each client; empty since the rules `progress.COMPACT_CHECKPOINTS`.
+    nodes: since those, the ranges of clients that each node hosts, both ends included.
+    unavailable: bitmap of clients that are not available; empty if all are.
     deferred: numbers of earlier messages that are not handled yet.
     arithmetic: version of the arithmetic, see `fedmq.nodes.aggregator.computed`.
     failures: failures since the last used result, see `fedmq.nodes.aggregator.progress`.
@@ -92,6 +95,15 @@ class Fold(Struct):
     wall_timer: str = ""
     expects_evaluator: bool | UnsetType = UNSET
     asked_final: int | UnsetType = UNSET
+    nodes: dict[str, list[tuple[int, int]]] = {}
+    unavailable: bytes = b""
+
+    def ranges(self) -> dict[str, list[tuple[int, int]]]:
+        """Return the ranges of clients that each node hosts."""
+        found = {name: [*ranges] for name, ranges in self.nodes.items()}
+        for client, node in self.hosts.items():
+            found.setdefault(node, []).append((client, client))
+        return found
 
 
 def pack_checkpoint(algorithm: AnyAlgorithm, state: OpaqueState, fold: Fold) -> Packed:

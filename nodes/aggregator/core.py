@@ -93,7 +93,9 @@ class Aggregator(AggregatorState):
                 case "joined":
                     self._joined(message, out)
                 case "left":
-                    self._fleet.left(message)
+                    self._tasks.went_away(self._fleet.left(message))
+                case "availability":
+                    why = self._availability(message)
                 case "tick":
                     self._tick(str(message.body.get("token")), out)
                 case "failed" if message.re in self._evaluations.asked:
@@ -117,7 +119,7 @@ class Aggregator(AggregatorState):
     def adopt(self, state: OpaqueState) -> None:
         """Replace the state of the current version, such as by the recorded one in a replay."""
         self._results.current.adopt(state)
-        self._tasks.begin_version()
+        self._tasks.adopt()
 
     # ---- the run
 
@@ -137,8 +139,7 @@ class Aggregator(AggregatorState):
     # ---- the fleet
 
     def _joined(self, message: Message, out: list[AggregatorAction]) -> None:
-        self._tasks.joined(message)
-        self._fleet.joined(message)
+        self._tasks.came_back(self._fleet.joined(message))
         wanted = self._settings.min_clients or self._setup.problem.clients
         if not self._running and self._fleet.suffice(wanted):
             self._running = True
@@ -146,7 +147,7 @@ class Aggregator(AggregatorState):
 
     def _continued(self, message: Message, out: list[AggregatorAction]) -> None:
         """Handle the resumption of the run: wait for its nodes, and apply an extended goal."""
-        self._fleet.all_gone()
+        self._tasks.went_away(self._fleet.all_gone())
         self._running, self._asked_final = False, None
         self._spent.stopped_s += message.body.get("stopped_s", 0.0)
         if not message.body["further"]:
@@ -178,8 +179,7 @@ class Aggregator(AggregatorState):
                 self._end(out)
             self._asked_final = None  # an answer came: wait again
         elif token == _RETRY:
-            self._progress.timer_is_over(self._fleet.hosts)
-            self._tasks.freed()
+            self._progress.timer_is_over(self._fleet)
 
     def _refused(self, message: Message) -> None:
         """Handle the rejection of one of our messages: not usable, or not deliverable."""
@@ -251,7 +251,7 @@ class Aggregator(AggregatorState):
         clients = self._tasks.draw(wanted, current)
         # A round with clients at work continues without the clients that failed.
         if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
-            after = self._progress.timer(self._fleet.hosts)
+            after = self._progress.timer(self._fleet)
             if after is not None:
                 self._post(out, "timer", TIMER, {"token": _RETRY, "after_s": after})
         deadline = self._schedule.deadline()
@@ -282,7 +282,6 @@ class Aggregator(AggregatorState):
         cohort = self._schedule.cohort(self._setup.problem.clients)
         self._results.begin_version(state, closed.version + 1)
         self._progress.version = self.version
-        self._tasks.begin_version()
         body = {
             "version": self.version,
             "position": self._position,
@@ -291,7 +290,7 @@ class Aggregator(AggregatorState):
             "model_digest": model_digest(self.tensors()),
             **msgspec.structs.asdict(self._results.counts),
         }
-        if self._now - self._checkpoint_at >= self._settings.checkpoint_s:
+        if self._is_checkpoint_due():
             self._checkpoint("version", body, out)
         else:
             self._post(out, "version", RECORD, body)
@@ -304,7 +303,7 @@ class Aggregator(AggregatorState):
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which a later session can start, and acknowledge what it includes."""
-        self._checkpoint_at = self._now
+        self._checkpoint_at, self._since_checkpoint = self._now, 0
         unsettled = self._deferred.leave_unsettled()
         packed = pack_checkpoint(self._algorithm, self.state, self._fold())
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
@@ -320,7 +319,7 @@ class Aggregator(AggregatorState):
             self._results.begin_version(state, fold.version)
         self._position = fold.position
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts
-        self._fleet.resume(fold.hosts, fold.evaluators)
+        self._fleet.resume(fold.ranges(), fold.evaluators, fold.unavailable)
         self._fleet.expects_evaluator = fold.expects_evaluator is True
         self._tasks.resume(fold.outstanding)
         self._evaluations = Evaluations(set(fold.evaluating), fold.client_evaluations, fold.scores)
@@ -347,8 +346,8 @@ class Aggregator(AggregatorState):
 
     def _evaluate(self, out: list[AggregatorAction]) -> None:
         self._evaluated = self.version
-        hosts = self._fleet.hosts
-        for to, body, packed, of in requests(self._algorithm, self.state, self.version, hosts):
+        clients = self._fleet.reachable.all().tolist()
+        for to, body, packed, of in requests(self._algorithm, self.state, self.version, clients):
             self._evaluations.ask(self._request(out, "evaluate", to, body, packed), of)
 
     def _fail(self, why: str) -> None:

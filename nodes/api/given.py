@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 
 from fedmq.nodes.errors import ConfigError
-from fedmq.nodes.run.config import Config, build, read_tables
+from fedmq.nodes.run.config import Config, apply_setting, build, read_tables
 from fedmq.nodes.run.toml import with_none_words
 from fedmq.nodes.run_folder.folder import is_record
 
@@ -45,6 +45,18 @@ class Given:
         tables = _tables(config)
         for key, value in (settings or {}).items():
             _set(tables, key, _plain(value, key))
+        return cls(tables, build(tables))
+
+    @classmethod
+    def of_command(cls, file: Path | None, settings: Sequence[str]) -> Given:
+        """Read the configuration of a command: a file and its ``key=value`` settings.
+
+        Raises:
+            ConfigError: a key or value is wrong, or the file cannot be read.
+        """
+        tables = _tables(file)
+        for setting in settings:
+            apply_setting(tables, setting)
         return cls(tables, build(tables))
 
     def to_toml(self) -> str:

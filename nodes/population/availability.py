@@ -1,32 +1,20 @@
-"""Which clients are available at what virtual time."""
+"""The clients that are available, as virtual time passes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Clients = NDArray[np.int64]
+from fedmq.nodes.population.hashing import Clients
+from fedmq.nodes.population.spells import NEVER, Spells
+
 Range = tuple[int, int]
 """Clients from the first to the second number, both included."""
 
-NEVER = np.iinfo(np.int32).max
-"""Number of a step that no run reaches."""
-_MOST_SPELLS = 100_000
-"""Spells of one client after which a task counts as never done."""
-
-
-class Spells(Protocol):
-    """Alternating spells, on and off, of each client: a function of client and number alone."""
-
-    def first(self, clients: Clients) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """Return whether spell 0 of each client is on, and its length in steps, from 0."""
-
-    def length(self, clients: Clients, numbers: Clients, *, on: NDArray[np.bool_]) -> Clients:
-        """Return the length in steps, at least 1, of the spells of these numbers."""
+_MOST_SPELLS = 10_000
+"""Spells of a client during one task, after which the task counts as never done."""
 
 
 class Availability:
@@ -55,15 +43,19 @@ class Availability:
         self.advance(0.0)
 
     def advance(self, now: float) -> tuple[list[Range], list[Range]]:
-        """Advance to a time; return the ranges of clients that came back, and that went away."""
-        step = math.floor(now / self._step_s + 1e-9)
+        """Advance to a time; return the ranges of clients that came back, and that went away.
+
+        Args:
+            now: virtual time in seconds, not before the present time.
+        """
+        step = math.floor(now / self._step_s + 1e-9)  # k * step / step can be just below k
         due = changed = np.flatnonzero(self._until <= step)
         before = self.available[changed]
-        while len(due):
+        while len(due):  # ends: each spell takes at least a step
             on = ~self.available[due]
             self.available[due] = on
             self._number[due] += 1
-            length = self._spells.length(due, self._number[due].astype(np.int64), on=on)
+            length = self._spells.length(due, self._number[due].astype(np.int64), on)
             until = np.minimum(self._until[due] + length, NEVER).astype(np.int32)
             self._until[due] = until
             due = due[until <= step]
@@ -81,7 +73,7 @@ class Availability:
             seconds: of work.
 
         Returns:
-            The virtual time; infinite if the client does not come back often enough.
+            The virtual time; infinite if the client does not come back, or too rarely.
         """
         on, until = bool(self.available[client]), int(self._until[client])
         number, who = int(self._number[client]), np.array([client])
@@ -92,21 +84,18 @@ class Availability:
                     return begin + seconds
                 if end == math.inf:
                     break
-                if on:
-                    seconds -= end - begin
+                seconds -= end - begin if on else 0.0
                 begin = end
             on, number = not on, number + 1
-            until += int(self._spells.length(who, np.array([number]), on=np.array([on]))[0])
+            until += int(self._spells.length(who, np.array([number]), np.array([on]))[0])
         return math.inf
 
 
-def _ranges(clients: Sequence[int] | Clients) -> list[Range]:
+def _ranges(clients: Clients) -> list[Range]:
     """Return the ranges of ascending numbers."""
-    numbers = np.asarray(clients, np.int64)
-    if not len(numbers):
+    if not len(clients):
         return []
-    cut = np.flatnonzero(np.diff(numbers) != 1)
-    lows = numbers[np.concatenate(([0], cut + 1))]
-    highs = numbers[np.concatenate((cut, [len(numbers) - 1]))]
-    pairs: Iterable[Range] = zip(lows.tolist(), highs.tolist(), strict=True)
-    return list(pairs)
+    cuts = np.flatnonzero(np.diff(clients) != 1)
+    lows = clients[np.append(0, cuts + 1)]
+    highs = clients[np.append(cuts, len(clients) - 1)]
+    return list(zip(lows.tolist(), highs.tolist(), strict=True))

@@ -89,32 +89,50 @@ DISTRIBUTIONS: Mapping[str, Callable[..., Distribution]] = {
     "pareto": _pareto,
     "choice": _choice,
 }
-"""Factories by name.
+"""Factories by name."""
 
-uniform(low, high); halfnormal(scale): |N(0, scale)|; exponential(scale): of this mean;
-lognormal(median, sigma): median * exp(sigma * N(0, 1)); pareto(shape, scale, start): start + scale
-* Lomax(shape), Pareto's own if start = scale; choice(a, b, ...): one of them, equally likely.
-"""
+ABOUT: Mapping[str, str] = {
+    "constant": "always this value; a plain number is the same",
+    "uniform": "equally likely between the two",
+    "halfnormal": "scale * |N(0, 1)|",
+    "exponential": "of mean scale",
+    "lognormal": "median * exp(sigma * N(0, 1)): a long tail",
+    "pareto": "start + scale * Lomax(shape); with start = scale, Pareto's own distribution; "
+    "infinite mean up to shape 1",
+    "choice": "one of the listed numbers, such as choice(1, 2, 8), equally likely",
+}
+"""What each of them is."""
 
 
 @functools.lru_cache(maxsize=64)
-def distribution(spec: float | str, key: str, least: float = 0.0) -> Distribution:
+def read_distribution(spec: float | str, least: float = 0.0) -> Distribution:
     """Return the distribution that a number or a spec describes.
 
     Args:
         spec: a number, or one of `DISTRIBUTIONS` with its parameters.
-        key: of the configuration, for errors.
         least: no value may be below it.
 
     Raises:
-        ConfigError: unknown distribution, or a parameter out of range; the message names the key.
+        SpecError: unknown distribution, or a parameter out of range.
     """
     try:
         found = build(spec, DISTRIBUTIONS, "distribution") if isinstance(spec, str) else None
         chosen = constant(float(spec)) if found is None else found
         value = chosen.one(np.random.default_rng(0))
-    except (SpecError, ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(f"{key}: {error}") from None
-    if not (value >= least and chosen.low >= least):  # NaN is not, either
-        raise ConfigError(f"{key}: expected values of at least {least:g}, got {spec}")
+    except (ValueError, TypeError, OverflowError) as error:
+        raise SpecError(str(error)) from None
+    if not (value >= least and chosen.low >= least):  # nor is NaN
+        raise SpecError(f"expected values of at least {least:g}, got {spec}")
     return chosen
+
+
+def distribution(spec: float | str, key: str, least: float = 0.0) -> Distribution:
+    """Do the same as `read_distribution`, for a key of the configuration.
+
+    Raises:
+        ConfigError: the message names the key.
+    """
+    try:
+        return read_distribution(spec, least)
+    except SpecError as error:
+        raise ConfigError(f"{key}: {error}") from None

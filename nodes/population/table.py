@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-Spec = Annotated[float, Field(ge=0)] | str
-"""A number, or the spec of a distribution."""
+from fedmq.nodes.population.availability_specs import check_availability
+from fedmq.nodes.population.distributions import read_distribution
+
+STARTS_AT = 946_684_800.0
+"""Start of every simulated run: 2000-01-01, UTC, in seconds since 1970."""
+
+
+def _check_spec(spec: float | str) -> float | str:
+    read_distribution(spec)
+    return spec
+
+
+Spec = Annotated[float | str, AfterValidator(_check_spec)]
+"""A number from 0, or the spec of a distribution."""
+
+
+def _check_bandwidth(spec: float | str) -> float | str:
+    if spec == 0:
+        raise ValueError("expected a bandwidth above 0, got 0")
+    return spec
+
+
+Bandwidth = Annotated[Spec, AfterValidator(_check_bandwidth)]
 
 
 class _SimulationTable(BaseModel):
@@ -59,8 +80,11 @@ class SimulationTable(_SimulationTable):
     bandwidth_down, bandwidth_up: bytes a second of a client's downlink and uplink, drawn once per
         client; None for unlimited.
     devices: CSV file of device profiles, which replace these keys; None for none.
-    availability: which clients are available when, see `Availability`; None for always.
     availability_step: time between changes of availability.
+    availability: which clients are available when; None for all, always. A probability, drawn
+        again at each step; ``spells(on, off)`` with distributions of their lengths;
+        ``by_label(low, high)``, a probability that depends on the client's data; ``daily(hours,
+        by)``; or a CSV file of intervals.
     learner: ``train``, or ``curve`` for a stand-in that needs no training.
     nodes: number of nodes that host the clients; None for the default.
     faults, curve: see there.
@@ -70,12 +94,21 @@ class SimulationTable(_SimulationTable):
     compute_per: Literal["task", "example"] = "task"
     jitter: Spec = 1.0
     latency: Spec = 0.0
-    bandwidth_down: Spec | None = None
-    bandwidth_up: Spec | None = None
+    bandwidth_down: Bandwidth | None = None
+    bandwidth_up: Bandwidth | None = None
     devices: str | None = None
-    availability: Annotated[float, Field(gt=0, le=1)] | str | None = None
     availability_step: Annotated[float, Field(gt=0)] = 600.0
+    availability: Annotated[float, Field(gt=0, le=1)] | str | None = None
     learner: Literal["train", "curve"] = "train"
     nodes: Annotated[int, Field(ge=1, le=1024)] | None = None
     faults: FaultsTable = FaultsTable()
     curve: CurveTable = CurveTable()
+
+    @field_validator("availability")
+    @classmethod
+    def _check_availability(
+        cls, spec: float | str | None, info: ValidationInfo
+    ) -> float | str | None:
+        if spec is not None and "availability_step" in info.data:
+            check_availability(spec, info.data["availability_step"])
+        return spec

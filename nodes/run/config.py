@@ -265,7 +265,7 @@ def load(path: Path | None, settings: Sequence[str] = (), *, recorded: bool = Fa
     """
     given = {} if path is None else read_tables(path, recorded=recorded)
     for setting in settings:
-        _apply(given, setting)
+        apply_setting(given, setting)
     return build(given)
 
 
@@ -305,8 +305,8 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
     given = config.model_dump()
     new: dict[str, Any] = {}
     for setting in settings:
-        _apply(given, setting)
-        _apply(new, setting)
+        apply_setting(given, setting)
+        apply_setting(new, setting)
     check_finite(new)  # older releases recorded configurations with infinities
     return _checked(given)
 
@@ -362,7 +362,12 @@ def _is_code(problem: str) -> bool:
         return True  # several packages have one of this name: `load_problem` raises the error
 
 
-def _apply(given: dict[str, Any], setting: str) -> None:
+def apply_setting(given: dict[str, Any], setting: str) -> None:
+    """Set the key of a text such as ``run.seed=1`` in some tables.
+
+    Raises:
+        ConfigError: the text has another form.
+    """
     key, equals, text = setting.partition("=")
     parts = rename_key(key.strip()).split(".")
     if not equals or len(parts) < 2 or not all(parts):

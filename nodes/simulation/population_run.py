@@ -19,7 +19,7 @@ from fedmq.broker.wire.addresses import EVALUATOR
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.errors import NodeError, RunFailed
 from fedmq.nodes.process.logs import SILENT
-from fedmq.nodes.process.terminal import clients_in_words
+from fedmq.nodes.process.terminal import ranges_in_words
 from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.simulation.population_node import ClientDevices, ComputesTasks, PopulationNode
 from fedmq.nodes.simulation.virtual_node import VirtualAggregator, VirtualNode, VirtualWorker
@@ -144,7 +144,7 @@ class PopulationRun(Simulation):
             if broker.up and broker.core.next_seq != accepted:
                 accepted, accepted_at = broker.core.next_seq, network.now
             elif network.now > accepted_at + _IDLE_S:
-                missing = clients_in_words(self.aggregator.core.missing_clients())
+                missing = ranges_in_words(self.aggregator.core.missing_clients())
                 days = round(_IDLE_S / 86_400)
                 raise NodeError(
                     f"nothing has happened for {days} virtual days: expected a result or a free "

@@ -31,7 +31,7 @@ from fedmq.nodes.worker.core import (
     Trained,
     Worker,
 )
-from fedmq.nodes.worker.training import check_ranges
+from fedmq.nodes.worker.training import RemoteError, check_ranges
 
 _FULL_RETRY_S = 1.0
 
@@ -151,8 +151,12 @@ class WorkerDriver:
 
     def _failed(self, error: Exception) -> Failed:
         """Return the failure of a task; log the first of equal ones, and then a count."""
-        self.error, failed = error, Failed.of(error, self._setup)
-        if times := self._repeats.count((type(error), failed.where), self._port.now()):
+        self.error = error
+        if isinstance(error, RemoteError):
+            name, failed = error.name, Failed(error.reason, error.code, error.where)
+        else:
+            name, failed = type(error).__name__, Failed.of(error, self._setup)
+        if times := self._repeats.count((name, failed.where), self._port.now()):
             about = {"reason": failed.reason, "where": failed.where, "times": times}
             self._port.log.error("task failed", **about, exc_info=error if times == 1 else None)
         return failed

@@ -23,6 +23,25 @@ from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 Compute = Callable[[Train | Evaluate], Trained | Evaluated]
 
 
+class RemoteError(Exception):
+    """A user's code raised an error in a process that trains for this one.
+
+    Attributes:
+        name: name of the exception's type there.
+        reason: type and text of the exception, as `described` returns them.
+        code: code of the reason, see `fedmq.broker.rejections.Code`.
+        where: file and line of the user's code that raised it, or "".
+    """
+
+    def __init__(self, text: str, name: str, reason: str, code: str, where: str) -> None:
+        super().__init__(text)
+        self.name, self.reason, self.code, self.where = name, reason, code, where
+
+
+class RemoteReturnedError(RemoteError, ReturnedError):
+    """A method returned an unusable value in a process that trains for this one."""
+
+
 def compute(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Evaluated:
     """Train or evaluate, with the global generators seeded for model, data and loss.
 
@@ -35,7 +54,7 @@ def compute(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Ev
     """
     with exits_as_errors(), seeded(action.seed, device):
         if isinstance(action, Train):
-            client = action.at(setup.problem, device)
+            client = action.at(setup, device)
             found = setup.algorithm.train(action.task, client)
             payload, local = result_of(found, f"{type(setup.algorithm).__name__}.train")
             return Trained(payload, local, 0.0, kind_of(device))

@@ -20,10 +20,12 @@ __all__ = [
     "Run",
     "RunFailed",
     "Schedule",
+    "Sweep",
     "__version__",
     "load",
     "run",
     "simulate",
+    "sweep",
 ]
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from fedmq.codecs.base import Codec
     from fedmq.nodes.api.run import Run, load
     from fedmq.nodes.api.running import run, simulate
+    from fedmq.nodes.api.sweep import sweep
+    from fedmq.nodes.api.sweep_results import Sweep
     from fedmq.nodes.errors import ConfigError, NodeError, RunFailed
     from fedmq.nodes.run.config import Config
 else:
@@ -47,6 +51,8 @@ else:
             "fedmq.codecs.base": "Codec",
             "fedmq.nodes.api.run": "Run load",
             "fedmq.nodes.api.running": "run simulate",
+            "fedmq.nodes.api.sweep": "sweep",
+            "fedmq.nodes.api.sweep_results": "Sweep",
             "fedmq.nodes.errors": "ConfigError NodeError RunFailed",
             "fedmq.nodes.run.config": "Config",
         },
