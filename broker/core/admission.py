@@ -19,7 +19,6 @@ from fedmq.broker.wire.addresses import (
     RECORD,
     ROLES,
     WORKER,
-    addresses,
     name_fault,
     node_address,
 )
@@ -260,8 +259,8 @@ def _clients_fault(run: RunState, hello: Hello) -> Fault | None:
     if sum(high - low + 1 for low, high in hello.clients) > run.total_clients:
         text = f"expected each of the {run.total_clients} clients of this run at most once"
         return RejectCode.CLIENT, text
-    for address in addresses(hello):
-        host = run.nodes.get(run.hosts.get(address, ""))
+    for address, name in run.hosts.hosted(hello):
+        host = run.nodes.get(name)
         if host is not None and host.alive and host.name != hello.node:
             return RejectCode.CLIENT, f"{address} is already hosted by {host.name}"
     return None

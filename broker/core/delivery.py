@@ -18,7 +18,7 @@ from fedmq.broker.core.lifecycles import SessionState
 from fedmq.broker.core.state import Node
 from fedmq.broker.ledger.entries import Accepted, BlobName, blob_name
 from fedmq.broker.wire import schema
-from fedmq.broker.wire.addresses import AGGREGATOR
+from fedmq.broker.wire.addresses import AGGREGATOR, addresses, num_addresses
 from fedmq.broker.wire.encoding import inline_choice
 from fedmq.broker.wire.schema import Ack, Deliver, Message
 
@@ -41,9 +41,15 @@ def enqueue(node: Node, seq: int, address: str) -> None:
     node.queue.append(seq)
 
 
-def enqueue_waiting(node: Node, seqs: dict[int, str]) -> None:
-    """Queue messages that have waited for this node."""
-    node.pending = dict(sorted((node.pending | seqs).items()))
+def enqueue_waiting(node: Node) -> None:
+    """Queue the messages that have waited for the addresses of this node."""
+    run, hello = node.run, node.hello
+    few = len(run.waiting) < num_addresses(hello)  # a node can have a million addresses
+    found: dict[int, str] = {}
+    for address in [*run.waiting] if few else addresses(hello):
+        if run.hosts.get(address) == hello.node:
+            found |= dict.fromkeys(run.waiting.pop(address, ()), address)
+    node.pending = dict(sorted((node.pending | found).items()))
 
 
 def deliver(node: Node, read: Callable[[int], Accepted], now: float) -> list[SendTo]:
