@@ -20,6 +20,7 @@ from fedmq.broker.core.state import Continuation
 from fedmq.nodes.cluster.view import closing_table
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory
+from fedmq.nodes.population.table import stand_in_of
 from fedmq.nodes.run.config import Config, changed, load, parse
 from fedmq.nodes.run.config_difference import Differences, differences, shown
 from fedmq.nodes.run.goal import Goal, Spent
@@ -181,6 +182,7 @@ def continuation(asked: Asked) -> Continuation | None:
     before, now = completed(before, now.allowed), completed(now)
     found = _differences(before, now)
     _check_same(asked, found)
+    _check_learner(asked, before, now)
     goal, best = Goal.of(now.run), run.best_accuracy
     changed_goal = any(kind_of_key(key) == "goal" for key in found)
     if changed_goal and goal.versions < run.version:
@@ -304,6 +306,19 @@ def _check_same(asked: Asked, found: Differences, may_differ: Collection[str] = 
     raise ConfigError(
         f"run {asked.recorded.run} in {asked.folder} has another configuration: "
         f"{'; '.join(named[:_SHOWN])}{more}. Use the same values, or another folder with --run"
+    )
+
+
+def _check_learner(asked: Asked, before: Config, now: Config) -> None:
+    """Raise ConfigError if clients would train something else: ``simulation`` is mostly `here`."""
+    learners = stand_in_of(before.simulation), stand_in_of(now.simulation)
+    if learners[0] == learners[1]:
+        return
+    old, new = (
+        "'train'" if each is None else f"'curve' with {each.model_dump()}" for each in learners
+    )
+    raise ConfigError(
+        f"simulation.learner: expected {old}, as in run {now.run.id} in {asked.folder}, got {new}"
     )
 
 

@@ -193,12 +193,14 @@ class RunHistory:
         return found
 
     @property
-    def missing_clients(self) -> list[int]:
-        """Return the unreachable clients if the run waits for them: no node has a task."""
+    def missing_clients(self) -> list[tuple[int, int]]:
+        """Return the unreachable clients if the run waits for them: no node has a task.
+
+        They are ranges, both ends included.
+        """
         if self.ended is not None or not self.begun or self.total_clients is None or self.at_work:
             return []
-        host_of = self.tracker.placement.host_of
-        return [k for k in range(self.total_clients) if host_of(f"client/{k}") is None]
+        return self.tracker.placement.unreachable(self.total_clients)
 
     @property
     def working_clients(self) -> list[int]:

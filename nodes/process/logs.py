@@ -122,7 +122,7 @@ def append(path: Path, text: str, **bound: str) -> None:
         log.info(text, **bound)
 
 
-def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bound: str) -> None:
+def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bound: str) -> TextIO:
     """Send this process's log to a file as JSON, or to standard error for people.
 
     At its end, the process logs how many lines were suppressed. One of `multiprocessing` must call
@@ -132,6 +132,9 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
         path: the file; None for standard error.
         lost: called once, with the reason, when the file can no longer be written.
         bound: fields of every line, such as run, node and session.
+
+    Returns:
+        The stream. Before closing it, send the log elsewhere.
 
     Raises:
         OSError: the file cannot be opened.
@@ -159,6 +162,7 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     structlog.contextvars.bind_contextvars(**bound)
     atexit.unregister(report_suppressed)
     atexit.register(report_suppressed)
+    return stream
 
 
 def report_suppressed() -> None:

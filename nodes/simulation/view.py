@@ -29,7 +29,7 @@ class SimulationView(LiveView):
         clock: real time in seconds, for the rate of results.
     """
 
-    evaluation_every_s = 1.0
+    evaluation_every_s = 5.0
 
     def __init__(
         self,
