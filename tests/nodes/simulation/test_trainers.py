@@ -296,6 +296,7 @@ class Killed:
         os.close(self.sentinel)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("kill", ["serve", "kill"])
 def test_a_process_that_dies_while_it_writes_ends_the_run(monkeypatch, kill):
     monkeypatch.setattr(process_trainer, "preloading", contextlib.nullcontext)
