@@ -71,8 +71,8 @@ class ClientSet:
         ends = np.cumsum(self._counts)
         blocks = np.searchsorted(ends, positions, side="right")
         found = np.empty(len(positions), np.int64)
-        edges = np.flatnonzero(np.diff(blocks, prepend=-1, append=-1)).tolist()
-        for first, end in itertools.pairwise(edges):
+        edges = [0, *as_list(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1), len(blocks)]
+        for first, end in itertools.pairwise(edges if len(blocks) else ()):
             block = int(blocks[first])
             start = block << _BLOCK_BITS
             members = np.flatnonzero(self._has[start : start + (1 << _BLOCK_BITS)])

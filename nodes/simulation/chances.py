@@ -33,6 +33,7 @@ class Chances:
     batch_s: longest time that the broker's frames wait for others, to be handled in one turn.
     chat: rate of bursts of small messages from each worker and the evaluator that nobody asked for,
         which the broker rejects.
+    availability: rate at which each worker reports that one of its clients is away, or is back.
     share_files: whether nodes read blobs from the ledger's files, as on one host.
     """
 
@@ -57,6 +58,7 @@ class Chances:
     train_s: float = 0.5
     batch_s: float = 0.0
     chat: float = 0.0
+    availability: float = 0.0
     share_files: bool = False
 
     @property
@@ -65,19 +67,16 @@ class Chances:
         return bool(self.disk) or max(self.power, self.full, self.doom) > 0
 
     @property
+    def total(self) -> float:
+        """Sum of the rates of all faults that are drawn, per second and process."""
+        killed = self.crash + self.broker_crash + self.worker_crash + self.doom + self.power
+        other = self.full + self.pause + self.cut + self.partition + self.jump
+        return killed + other + self.chat + self.availability
+
+    @property
     def any_faults(self) -> bool:
-        """Return whether faults are drawn all the time, other than those of frames and the disk."""
-        rates = (
-            self.crash,
-            self.broker_crash,
-            self.worker_crash,
-            self.doom,
-            self.power,
-            self.full,
-            self.pause,
-            self.cut,
-        )
-        return max(*rates, self.partition, self.jump, self.chat) > 0
+        """Return whether faults are drawn, other than those of frames and disk operations."""
+        return self.total > 0
 
 
 def chances_of(faults: FaultsTable) -> Chances:

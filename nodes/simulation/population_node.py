@@ -55,7 +55,6 @@ class PopulationNode(VirtualNode):
         devices: of all clients.
         trainer: trains and evaluates.
         began: time of the network at which the virtual seconds of ``devices`` begin.
-        sizes: bytes of a task and of a result that count for transfers; None: those of their blobs.
         version_0: see `version_zero`.
         checked: whether each core validates its state after each event.
 
@@ -73,7 +72,6 @@ class PopulationNode(VirtualNode):
         devices: Population,
         trainer: Trainer,
         began: float,
-        sizes: tuple[int, int] | None = None,
         log: FilteringBoundLogger = SILENT,
         version_0: Fingerprint | None = None,
         *,
@@ -81,7 +79,7 @@ class PopulationNode(VirtualNode):
     ) -> None:
         super().__init__(port, machine, hello, lambda: 0.0, log)
         self.setup, self.store, self.devices, self.trainer = setup, store, devices, trainer
-        self._began, self._sizes, self._checked = began, sizes, checked
+        self._began, self._checked = began, checked
         self._repeats, self._version_0 = Repeats(), version_0
         self._waiting: dict[int | None, deque[Delivery]] = {}
         """By client with a task in progress: deliveries that wait for the end of that task."""
@@ -126,15 +124,11 @@ class PopulationNode(VirtualNode):
 
     def download_s(self, client: int, task: Message) -> float:
         """Return how long a task takes to a client, in seconds."""
-        nbytes = _size(task) if self._sizes is None else self._sizes[0]
-        return self.devices.download_s(client, nbytes)
+        return self.devices.download_s(client, _size(task))
 
     def upload_s(self, client: int, answer: Message) -> float:
         """Return how long an answer takes from a client; one without a result is empty."""
-        nbytes = _size(answer)
-        if self._sizes is not None and answer.kind == "result":
-            nbytes = self._sizes[1]
-        return self.devices.upload_s(client, nbytes)
+        return self.devices.upload_s(client, _size(answer))
 
     def sleep_until(self, at: float) -> None:
         """Let the current task wait until a virtual time."""

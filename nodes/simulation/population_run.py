@@ -32,8 +32,14 @@ from fedmq.nodes.simulation.virtual_run import Simulation
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 
-_LEASE_S = 10 * 86_400.0
+_CALM_LEASE_S = 10 * 86_400.0
 """Lease of a run without faults: heartbeats of many virtual days would take most of the time."""
+_LEASE_S = 600.0
+"""Shortest lease of a run with faults, for the same reason."""
+_DELIVERIES = 1_000_000
+"""Sessions that may end during a task: no task is the cause of a crash here."""
+_FAULTS_A_DRAW = 0.05
+"""Mean number of faults between two draws: so few that two of a kind hardly ever coincide."""
 _STEPS = 64
 """Events of the network between two reports of progress."""
 _IDLE_S = 30 * 86_400.0
@@ -53,14 +59,12 @@ class PopulationRun(Simulation):
         devices: of the clients.
         trainer: trains and evaluates; the caller closes it.
         run: id of the run; by default the one in the configuration.
-        sizes: bytes of a task and of a result that count for the clients' transfers; by default
-            those of their payloads.
         nodes: number of population nodes. One is enough for a million clients: it takes each task
             at once, so the broker's limits for nodes that do not read never hold it back. With
             several, the crash of a node takes away only a part of the clients.
         chances: fault rates; by default there are no faults.
-        settings: of the broker; by default those of the configuration, with long leases if nothing
-            can break.
+        settings: of the broker; by default those of the configuration, with a lease of at least 10
+            minutes (10 days if nothing can break) and without a limit of deliveries.
         ledger_settings: of the broker, by default those of the configuration; nodes always read
             its files.
         model_folder: where the aggregator saves the final model; None to save none.
@@ -69,7 +73,6 @@ class PopulationRun(Simulation):
     """
 
     wall_s = STARTS_AT - START_S
-    draw_every_s = 1.0
     host_name = "population"
 
     def __init__(
@@ -80,7 +83,6 @@ class PopulationRun(Simulation):
         trainer: Trainer,
         *,
         run: str = "",
-        sizes: tuple[int, int] | None = None,
         nodes: int = 1,
         chances: Chances | None = None,
         settings: BrokerSettings | None = None,
@@ -94,12 +96,18 @@ class PopulationRun(Simulation):
             chances = dataclasses.replace(chances, faults=NO_FAULTS)
         if settings is None:
             settings = setup.config.broker.settings()
-            if chances.faults is NO_FAULTS and not (chances.any_faults or chances.hurts_disk):
-                settings = dataclasses.replace(settings, lease_s=_LEASE_S, beat_s=_LEASE_S / 10)
+            calm = chances.faults is NO_FAULTS and not (chances.any_faults or chances.hurts_disk)
+            lease_s = _CALM_LEASE_S if calm else max(settings.lease_s, _LEASE_S)
+            settings = dataclasses.replace(
+                settings, lease_s=lease_s, beat_s=lease_s / 10, deliveries=_DELIVERIES
+            )
+        if chances.any_faults:
+            mean_s = 1.0 / (chances.total * (nodes + 3))
+            self.draw_every_s = min(max(1.0, _FAULTS_A_DRAW * mean_s), 600.0)
         most = max(settings.limits.clients, setup.problem.clients)
         limits = dataclasses.replace(settings.limits, clients=most)
         self._devices, self._trainer = devices, trainer
-        self._model_folder, self._log, self._sizes = model_folder, log, sizes
+        self._model_folder, self._log = model_folder, log
         self._version_0 = version_zero(setup.problem)
         self._stopped = False
         super().__init__(
@@ -180,8 +188,9 @@ class PopulationRun(Simulation):
             _no_time,
             self.setup,
             self._model_folder,
-            self._log,
+            self._log.bind(node=hello.node),
             self._version_0,
+            quiet_s=math.inf,  # the clients would be named every few virtual seconds
             checked=self._checked,
         )
 
@@ -197,7 +206,7 @@ class PopulationRun(Simulation):
                 self.setup,
                 store,
                 self._compute,
-                self._log,
+                self._log.bind(node=hello.node),
                 self._version_0,
                 checked=checked,
             )
@@ -208,8 +217,7 @@ class PopulationRun(Simulation):
             self._devices,
             self._trainer,
             self.began,
-            self._sizes,
-            self._log,
+            self._log.bind(node=hello.node),
             self._version_0,
             checked=checked,
         )

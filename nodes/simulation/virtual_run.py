@@ -296,6 +296,8 @@ class Simulation:
                 name, sender = f"{node.hello.session}/{self._chats}", node.hello.node
                 to = self.rng.choice(_CHAT_TO)
                 node.hand_in(Message(kind="chat", id=name, run=self.run_id, sender=sender, to=to))
+        elif isinstance(node, VirtualWorker) and happens(chances.availability):
+            node.report_one(self.rng)
 
     def _happens(self, rate: float) -> bool:
         return rate > 0 and self.rng.random() < rate * self.draw_every_s
@@ -325,6 +327,8 @@ class Simulation:
             self._make_space()
         for node in self.nodes:
             node.port.doomed = lambda _: False
+            if self.chances.availability and isinstance(node, VirtualWorker):
+                node.report(back=node.hello.clients)
         self._keep_broker_up()
 
     def _keep_broker_up(self) -> None:

@@ -1,5 +1,6 @@
 """Runs over a population of clients: each is a device with times of its own."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,6 +65,33 @@ def setup_of(schedule, clients=6, versions=3, **run):
             }
         )
     )
+
+
+class Spells:
+    """Each client may be away once: ``away`` has (from, until) by client."""
+
+    def __init__(self, away, clients=6):
+        self.away, self.available = away, np.ones(clients, bool)
+        self.next_change = 0.0
+        self.advance(0.0)
+
+    def advance(self, now):
+        before = self.available.copy()
+        for client, (begin, end) in self.away.items():
+            self.available[client] = not begin <= now < end
+        times = [at for spell in self.away.values() for at in spell if at > now]
+        self.next_change = min(times, default=math.inf)
+        changed = np.flatnonzero(before != self.available)
+        back = [(int(c), int(c)) for c in changed if self.available[c]]
+        return back, [(int(c), int(c)) for c in changed if not self.available[c]]
+
+    def work_until(self, client, begin, seconds):
+        start, end = self.away.get(client, (math.inf, math.inf))
+        if start <= begin < end:
+            begin = end
+        elif begin < start < begin + seconds:
+            begin += end - start
+        return begin + seconds
 
 
 ROUNDS = {"name": "rounds", "fraction": 1.0}
@@ -148,6 +176,45 @@ def test_a_client_that_drops_out_fails_its_task_without_training(simulate):
     assert {m.kind for m in dropped} == {"failed"}
     assert {m.body["code"] for m in dropped} == {Code.DROPPED}
     assert 2 not in run._trainer.started
+
+
+def test_the_work_of_a_client_pauses_while_it_is_away(simulate):
+    devices = Devices(compute={2: 5.0}, availability=Spells({2: (3.0, 10.0)}))
+    every_client = {"name": "stream", "concurrency": 6}
+    run, folder = simulate(setup_of(every_client, versions=60), devices)
+    run.run_to_end()
+    run.close()
+    [seconds] = [took for client, begin, took, _ in durations(folder) if client == 2][:1]
+    [begin] = [begin for client, begin, _, _ in durations(folder) if client == 2][:1]
+    assert begin < 3.0 < 10.0 < begin + seconds
+    assert seconds == pytest.approx(DOWN_S + 5.0 + 7.0 + UP_S, abs=1e-5)
+
+
+def test_a_client_that_never_comes_back_leaves_its_task_undone(simulate):
+    devices = Devices(availability=Spells({2: (1.0, math.inf)}))
+    run, folder = simulate(setup_of(ROUNDS, versions=4), devices)
+    assert "4 versions" in run.run_to_end()
+    run.close()
+    assert 2 not in [client for client, *_ in durations(folder)]
+
+
+def test_a_node_reports_its_clients_that_come_and_go(simulate):
+    away = {0: (0.0, 5.0), 1: (0.0, 5.0), 4: (6.0, 9.0)}
+    devices = Devices(availability=Spells(away))
+    run, folder = simulate(setup_of(ROUNDS, versions=8), devices, nodes=2)
+    run.run_to_end()
+    run.close()
+    found = [
+        (at - START, m.sender, m.body["back"], m.body["away"])
+        for _, at, m in messages(folder)
+        if m.kind == "availability"
+    ]
+    assert found == [
+        (0.0, "population-0", [], [[0, 1]]),
+        (5.0, "population-0", [[0, 0], [1, 1]], []),
+        (6.0, "population-1", [], [[4, 4]]),
+        (9.0, "population-1", [[4, 4]], []),
+    ]
 
 
 def test_a_stopped_run_returns_and_its_ledger_is_closed(simulate):
