@@ -184,11 +184,11 @@ class Sweeper:
             return None
         try:
             run = Run(folder)
+            if run.status == FINISHED:
+                return run
         except ConfigError:
-            return None
-        if run.status == FINISHED:
-            return run
-        if self._how == "simulate":
+            pass  # it had not begun
+        if self._how == "simulate" and folder.exists():
             with held(folder):
                 shutil.rmtree(folder)
         return None

@@ -61,13 +61,18 @@ class FaultsTable(_SimulationTable):
 class CurveTable(_SimulationTable):
     """``[simulation.curve]``: the stand-in that ``learner = "curve"`` trains.
 
+    examples: number of training examples of a client, drawn once per client and rounded.
     heterogeneity: how far a client's optimum is from the common one, relative to the first
         model's distance; 0 for clients with the same optimum.
-    noise: standard deviation of the gradient of one example, relative to the first gradient.
+    noise: of the gradient of one example; its unit is in `fedmq.algorithms.problems.quadratic`.
+    curvature: of the steepest direction: SGD of n steps covers about n * lr * curvature of the
+        distance to the optimum along it.
     """
 
+    examples: Spec = 100.0
     heterogeneity: Annotated[float, Field(ge=0)] = 0.5
     noise: Annotated[float, Field(ge=0)] = 1.0
+    curvature: Annotated[float, Field(gt=0)] = 0.1
 
 
 class SimulationTable(_SimulationTable):

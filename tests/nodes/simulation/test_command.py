@@ -199,7 +199,10 @@ def test_the_configuration_in_the_folder_simulates_the_run_again(finished, tmp_p
         (("--processes", "-1"), "--processes"),
         (("--on", "spark"), "--on: expected one of ray"),
         (("--on", "ray", "--processes", "2"), "--processes: not used with --on ray, got 2"),
-        (("--clients", "4", "--set", "schedule.buffer_size=9"), "schedule.buffer_size"),
+        (
+            ("--set", "schedule.name=rounds", "--set", "schedule.min_results=60"),
+            "schedule.min_results",
+        ),
         (("--set", "algorithm.name=fedbest"), "algorithm.name"),
     ],
 )
@@ -214,7 +217,7 @@ def test_a_mistake_is_one_sentence(arguments, expected, tmp_path) -> None:
 
 def test_a_run_that_fails_exits_with_1_and_the_reason(tmp_path) -> None:
     folder = tmp_path / "run"
-    lost = ("--set", "simulation.faults.dropout=1", "--set", "run.failures=20")
+    lost = ("--set", "simulation.faults.dropout=0.99", "--set", "run.failures=20")
     arguments = ("simulate", *SMALL, *lost, "--run", folder)
     result = fedmq(*arguments)
     assert result.exit_code == 1

@@ -19,7 +19,7 @@ ROUNDS = {"name": "rounds", "fraction": 0.015}
 def simulate(folder: Path, schedule: dict, versions: int = 6, **table: object) -> PopulationRun:
     given = {
         "run": {"id": "r", "versions": versions, "evaluate_every": 1},
-        "problem": {"name": "mnist-mini", "partition": "bootstrap(100)", "clients": 2000},
+        "problem": {"name": "mnist-mini", "clients": 2000},
         "schedule": schedule,
         "simulation": {"learner": "curve", "compute": "lognormal(60, 1)", **table},
     }
