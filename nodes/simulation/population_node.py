@@ -235,7 +235,11 @@ class _SharedBlobs:
         return self._shared(digest, source.read(delivery, index) if known is None else known)
 
     def _shared(self, digest: bytes, data: Buffer) -> Buffer:
-        found = self._blobs.setdefault(digest, data)
+        if digest not in self._blobs:
+            # Tensors share the memory of writable buffers only.
+            readonly = memoryview(data).readonly
+            self._blobs[digest] = memoryview(bytearray(data)) if readonly else data
+        found = self._blobs[digest]
         self._blobs.move_to_end(digest)
         if len(self._blobs) > _SHARED_BLOBS:
             self._blobs.popitem(last=False)

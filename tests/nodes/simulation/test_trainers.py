@@ -22,11 +22,15 @@ from fedmq.algorithms.allowed import NOTHING
 from fedmq.algorithms.base import Payload
 from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.values import ReturnedError
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import RunFailed
+from fedmq.nodes.messages.payloads import RAW, pack, unpack
 from fedmq.nodes.process.logs import traceback_text
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.simulation import process_trainer
+from fedmq.nodes.simulation.population_node import _SharedBlobs
 from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 from fedmq.nodes.simulation.trainers import InlineTrainer, QueuedTrainer
 from fedmq.nodes.simulation.training_jobs import Recipe, encode_job, read_answer, run_job
@@ -229,6 +233,21 @@ def test_tasks_that_wait_hold_no_copy_of_their_model(recorder):
         assert len(recorder._submitted) <= 2
 
 
+def test_the_tasks_of_a_version_share_the_memory_of_its_model():
+    """A small blob comes with its delivery, as bytes, which tensors would copy."""
+    (action, *_) = actions_of(setup_of())
+    packed = pack(action.task.payload, RAW, 0)
+    about = {"kind": "task", "run": "r", "sender": "aggregator", "to": "client/0"}
+    shared, places = _SharedBlobs(), set()
+    for seq in range(3):
+        message = Message(id=f"a/{seq}", **about, body=packed.body, blobs=packed.blobs)
+        inline = {index: bytes(each) for index, each in enumerate(packed.data)}
+        found = unpack(message, shared.share(Delivery(seq, 0.0, message, inline)).read)
+        assert all(torch.equal(found.weights[k], v) for k, v in action.task.payload.weights.items())
+        places |= {each.data_ptr() for each in found.weights.values()}
+    assert len(places) == len(action.task.payload.weights)
+
+
 def test_a_task_may_change_its_tensors_in_place():
     setup = setup_of(algorithm={"name": f"{__name__}:Careless"})
     (action, *_) = actions_of(setup)
@@ -348,6 +367,7 @@ def test_a_process_that_dies_ends_the_run(client, how):
 SCRIPT = """
 import sys, time
 from fedmq.nodes.simulation import process_trainer
+from fedmq.nodes.simulation.population_node import _SharedBlobs
 from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 from tests.nodes.simulation.training import actions_of, setup_of
 
