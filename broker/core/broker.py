@@ -218,8 +218,10 @@ class Broker:
                 self._numbered(node, frame, event.buffers, now, out)
             case ChunkRequest():
                 self._serve_chunk(node, frame, out)
-            case Heartbeat(taken=taken):
+            case Heartbeat(taken=taken, ack=ack):
                 self._take_credit(node, taken, now, out)
+                if ack is True and not self._full:  # else they may not be in the ledger yet
+                    out.extend(self._acks.take_of(node))
                 out.append(SendTo(peer, Heartbeat(sent=node.sent)))
             case _ if self._full:
                 pass  # a frame that cannot be recorded is ignored; its sender sends it again
@@ -251,8 +253,8 @@ class Broker:
         elif node.pending_frames and self._uploads.holds_too_much(node):
             node.has_dropped = True  # `_settle` asks for them again
         elif frame.n > node.next_n:
-            # Frames were lost: UnknownSession makes the link resend from its oldest one.
-            out.append(SendTo(node.peer, UnknownSession()))
+            # Frames were dropped: UnknownSession makes the link resend from its oldest one.
+            out.append(SendTo(node.peer, UnknownSession(dropped=True)))
         else:
             node.next_n += 1
             node.read_bytes = min(frame.read, node.pointed_bytes)
@@ -309,7 +311,7 @@ class Broker:
         self._uploads.ask(node, now, out)
         if node.has_dropped and not self._uploads.holds_too_much(node, part=2):
             node.has_dropped = False
-            out.append(SendTo(node.peer, UnknownSession()))
+            out.append(SendTo(node.peer, UnknownSession(dropped=True)))
 
     def _done(self, node: Node, done: Done, now: float, out: list[Action]) -> None:
         for seq, reason in done.refused.items():

@@ -148,15 +148,19 @@ class PendingAcks:
 
     def take(self) -> list[SendTo]:
         """Return all acknowledgments that are pending, and clear them."""
-        sends = []
-        for node in self._pending.values():
-            first = node.pending_frames[0].n if node.pending_frames else node.next_n
-            if first and node.peer:
-                sends.append(SendTo(node.peer, Ack(upto=first - 1)))
+        sends = [each for node in self._pending.values() for each in _ack(node)]
         self._pending.clear()
         self._counts.clear()
         self.due = math.inf
         return sends
+
+    def take_of(self, node: Node) -> list[SendTo]:
+        """Return the acknowledgment of a node, if one is pending, and clear it."""
+        if self._pending.pop(id(node), None) is None:
+            return []
+        del self._counts[id(node)]
+        self.due = self.due if self._pending else math.inf
+        return _ack(node)
 
     def validate_state(self) -> None:
         """Raise AssertionError if acknowledgments are pending without a time, or the reverse."""
@@ -164,3 +168,9 @@ class PendingAcks:
         if waiting != bool(self._pending) or self._pending.keys() != self._counts.keys():
             names = [node.name for node in self._pending.values()]
             raise AssertionError(f"acknowledgments of {names} are due at {self.due}")
+
+
+def _ack(node: Node) -> list[SendTo]:
+    """Return the acknowledgment of all frames of a node that were applied, if there are any."""
+    first = node.pending_frames[0].n if node.pending_frames else node.next_n
+    return [SendTo(node.peer, Ack(upto=first - 1))] if first and node.peer else []
