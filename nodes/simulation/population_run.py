@@ -151,9 +151,7 @@ class PopulationRun(Simulation):
         while not self._stopped and network.now < end and network.step():
             broker = self.broker
             if broker.up and broker.core.idle:
-                if self.aggregator.core.failed:
-                    raise RunFailed(self.aggregator.finished)
-                return self.aggregator.finished
+                return self._reason()
             steps += 1
             if steps % _STEPS:
                 continue
@@ -161,13 +159,24 @@ class PopulationRun(Simulation):
             if broker.up and broker.core.next_seq != accepted:
                 accepted, accepted_at = broker.core.next_seq, network.now
             elif network.now > accepted_at + _IDLE_S:
-                missing = ranges_in_words(self.aggregator.core.missing_clients())
-                days = round(_IDLE_S / 86_400)
-                raise NodeError(
-                    f"nothing has happened for {days} virtual days: expected a result or a free "
-                    f"client, {missing} did not answer; check [simulation] availability"
-                )
+                raise NodeError(self._idle())
         return ""
+
+    def _reason(self) -> str:
+        """Return why the run has ended: the session that ended it may have been killed since."""
+        ended = [each for each in self.sessions if isinstance(each, VirtualAggregator)]
+        last = [each for each in ended if each.finished][-1]
+        if last.core.failed:
+            raise RunFailed(last.finished)
+        return last.finished
+
+    def _idle(self) -> str:
+        missing = self.aggregator.core.missing_clients()
+        away = f", but {ranges_in_words(missing)} are away" if missing else ""
+        return (
+            f"nothing has happened for {_IDLE_S / 86_400:g} virtual days: expected a result "
+            f"or a free client{away}; check [simulation] availability and [schedule]"
+        )
 
     def stop(self) -> None:
         """Make `run_to_end` return soon; may be called from a signal handler."""
@@ -230,6 +239,8 @@ class PopulationRun(Simulation):
         """
         if isinstance(node.ended, Rejected):
             raise node.ended
+        if node.ended is None and node is not self.aggregator:
+            self.sessions.remove(node)  # of many crashes, only the aggregators' sessions are needed
         super().exited(node, again)
 
     def _compute(self, action: Train | Evaluate) -> Trained | Evaluated:

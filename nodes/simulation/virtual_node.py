@@ -127,7 +127,8 @@ class VirtualAggregator(VirtualNode):
                 self.finished = reason
             link.over(reason)
 
-        port = LinkedAggregator(link, self._setup.problem, self._folder, self.log, self._beside)
+        about = (link, self._setup.problem, self._folder, self.log, self._beside)
+        port = LinkedAggregator(*about, self._quiet_s)
         port.over = over
         fold_until_over(self.core, port, self._version_0)
 

@@ -9,10 +9,12 @@ import pytest
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.rejections import Code
+from fedmq.nodes.errors import NodeError, RunFailed
 from fedmq.nodes.population.table import FaultsTable
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.simulation import population_run
 from fedmq.nodes.simulation.chances import Chances, chances_of
 from fedmq.nodes.simulation.population_run import PopulationRun
 from fedmq.nodes.simulation.trainers import InlineTrainer
@@ -103,9 +105,11 @@ def simulate(tmp_path):
     """Return a function that makes a run, which is closed after the test."""
     made = []
 
-    def make(setup, devices, name="", **options):
+    def make(setup, devices, name="", *, checked=True, **options):
         folder = tmp_path / (name or str(len(made)))
-        made.append(PopulationRun(setup, folder, devices, Watched(setup), checked=True, **options))
+        made.append(
+            PopulationRun(setup, folder, devices, Watched(setup), checked=checked, **options)
+        )
         return made[-1], folder
 
     yield make
@@ -247,3 +251,19 @@ def test_nodes_and_broker_may_be_killed(simulate, chances):
     assert versions == list(range(1, 11))
     answers = [m.id for _, _, m in messages(folder) if m.kind == "result"]
     assert len(set(answers)) == len(answers)
+
+
+def test_a_run_in_which_nothing_happens_any_more_fails(simulate, monkeypatch):
+    monkeypatch.setattr(population_run, "_IDLE_S", 21_600.0)
+    devices = Devices(availability=Spells(dict.fromkeys(range(6), (1.0, math.inf))))
+    run, _ = simulate(setup_of(ROUNDS, versions=4), devices, checked=False)
+    with pytest.raises(
+        NodeError, match=r"nothing has happened for 0.25 virtual days: .*clients 0-5 are away"
+    ):
+        run.run_to_end()
+
+
+def test_a_run_that_fails_raises_why(simulate):
+    run, _ = simulate(setup_of(ROUNDS, failures=12), Devices(dropping=frozenset(range(6))))
+    with pytest.raises(RunFailed):
+        run.run_to_end()
