@@ -1,4 +1,4 @@
-"""The commands that simulate runs, and that make many runs."""
+"""``fedmq simulate`` and ``fedmq sweep``: a run in virtual time, and many runs."""
 
 from __future__ import annotations
 
