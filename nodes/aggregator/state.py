@@ -223,7 +223,8 @@ class AggregatorState:
         if left > _LEAST_TIMER_S:
             self._set_wall_timer(min(left, limit), out)
             return
-        self._finishing = self._finishing or self._goal.limit_reached(self._spent, limit)[1]
+        wall_s = max(limit, limit - left)  # the tick may come a little earlier
+        self._finishing = self._finishing or self._goal.limit_reached(self._spent, wall_s)[1]
         self._running = True  # it ends even if it waits for clients to join
 
     def _faults(self) -> Iterator[str]:

@@ -20,7 +20,13 @@ import structlog
 
 from fedmq.broker.file_modes import private_opener, restrict
 from fedmq.broker.log_limit import SUPPRESSED, LogLimit
-from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described, reason_of
+from fedmq.nodes.process.exception_text import (
+    MAX_TEXT,
+    RemoteTraceback,
+    clip_text,
+    described,
+    reason_of,
+)
 from fedmq.nodes.process.terminal import escaped
 
 _MAX_FRAMES, _MAX_CAUSES = 20, 3
@@ -217,11 +223,11 @@ def _show_exception(
     elif error and not isinstance(error, BaseException):
         error = sys.exception()
     if isinstance(error, BaseException):
-        event["exception"] = _frames(error)
+        event["exception"] = traceback_text(error)
     return event
 
 
-def _frames(error: BaseException) -> str:
+def traceback_text(error: BaseException) -> str:
     """Return the traceback of an exception and its causes: files, lines, functions, no values."""
     lines: list[str] = []
     each: BaseException | None = error
@@ -230,6 +236,9 @@ def _frames(error: BaseException) -> str:
             break
         if lines:
             lines.append("caused by")
+        if isinstance(each, RemoteTraceback):
+            lines.append(str(each))
+            break
         frames = traceback.StackSummary.extract(
             traceback.walk_tb(each.__traceback__), capture_locals=False, lookup_lines=False
         )[-_MAX_FRAMES:]

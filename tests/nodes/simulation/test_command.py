@@ -300,7 +300,7 @@ def large_history(finished):
     [history] = runs_of(read_entries(folder / "ledger"), STARTS_AT).values()
     history.now += 40 * 86_400
     history.payload_down = history.payload_up = 999_000_000
-    history.outcomes.used = 1_000_000
+    history.outcomes.used = history.outcomes.results = 1_000_000
     return history
 
 
@@ -321,13 +321,13 @@ def test_the_view_never_goes_through_the_clients(finished, monkeypatch) -> None:
 
 def test_the_rate_is_that_of_the_last_seconds(finished) -> None:
     history, now = large_history(finished), [0.0]
-    history.outcomes.used = 0
+    history.outcomes.results = 0
     console = Console(file=io.StringIO())
     view = SimulationView(console, "a run", pytest.fail, lambda: now[0])
     rates = []
     for second in range(1, 21):
         now[0] = float(second)
-        history.outcomes.used += 100 if second <= 10 else 10
+        history.outcomes.results += 100 if second <= 10 else 10
         rates.append(int(view.line(history, waits=False).split("results/s ")[1].split()[0]))
     assert rates[9] == 100
     assert rates[-1] == 10

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.rejections import Code
 from fedmq.nodes.errors import RunFailed
+from fedmq.nodes.process.logs import traceback_text
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.simulation import process_trainer
 from fedmq.nodes.simulation.process_trainer import ProcessTrainer
@@ -95,7 +97,9 @@ def test_an_error_in_a_parcel_gives_the_same_failure(client):
     wanted = Failed.of(live.value.with_traceback(live.tb.tb_next), setup)
     assert Failed(error.reason, error.code, error.where) == wanted
     assert error.name == type(live.value).__name__
-    assert "in client" in str(error.__notes__) or client == 3
+    shown = traceback_text(error)
+    assert re.search(r"in read_answer\nRemoteError: .*\ncaused by\n.* in run_job\n", shown)
+    assert shown.endswith(traceback_text(live.value).split(" in compute\n")[-1])
 
 
 def test_an_invalid_value_in_a_parcel_is_a_returned_error():
@@ -251,9 +255,9 @@ class Careless(FedAvg):
 
 @pytest.fixture(scope="module")
 def pool():
-    """Return a trainer with two processes, for any set-up that a test gives it."""
+    """Return a trainer with four processes, for any set-up that a test gives it."""
     setup = setup_of()
-    trainer = ProcessTrainer(setup.config, setup.config.allowed, 2)
+    trainer = ProcessTrainer(setup.config, setup.config.allowed, 4)
     yield trainer
     trainer.close()
 
@@ -292,6 +296,7 @@ class Killed:
         os.close(self.sentinel)
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("kill", ["serve", "kill"])
 def test_a_process_that_dies_while_it_writes_ends_the_run(monkeypatch, kill):
     monkeypatch.setattr(process_trainer, "preloading", contextlib.nullcontext)
