@@ -253,33 +253,37 @@ class Broker:
             node.read_bytes = min(frame.read, node.pointed_bytes)
             match frame:
                 case Post():
-                    self._enqueue(node, self._begin(node, frame, buffers, now, out))
+                    self._begin(node, frame, buffers, now, out)
                 case PostAll():
                     for post in frame.each():
-                        self._enqueue(node, self._begin(node, post, buffers, now, out))
+                        self._begin(node, post, buffers, now, out)
                 case Done() | RunEnded():
-                    self._enqueue(node, frame)
+                    if node.pending_frames:
+                        self._uploads.hold(node, frame)
+                    else:
+                        self._apply(node, frame, now, out)
             if buffers:
                 self._acks.add(node, now, sum(memoryview(each).nbytes for each in buffers))
-            self._settle(node, now, out)
-
-    def _enqueue(self, node: Node, frame: PendingFrame) -> None:
-        if node.pending_frames or (isinstance(frame, PendingPost) and frame.apart):
-            self._uploads.hold(node, frame)
-        else:
-            node.pending_frames.append(frame)  # it is applied in this event
+            if node.pending_frames or len(node.fetcher):
+                self._settle(node, now, out)
 
     def _begin(
         self, node: Node, frame: Post, buffers: Sequence[Buffer], now: float, out: list[Action]
-    ) -> PendingPost | RejectedPost:
-        """Parse a post, store the blobs that came with it, and fetch those that are missing."""
+    ) -> None:
+        """Parse a post, store the blobs that came with it, and apply it, or let it wait."""
         post = self._acceptance.parse(node, frame, buffers)
-        if isinstance(post, RejectedPost):
-            return post
-        self._uploads.note_message(node, post.message, now)
-        if (unasked := self._acceptance.unasked(node, post)) is not None:
-            return unasked
-        return self._uploads.begin_post(node, post, buffers, out)
+        if isinstance(post, PendingPost):
+            self._uploads.note_message(node, post.message, now)
+            post = self._acceptance.unasked(node, post) or post
+        if isinstance(post, PendingPost):
+            post = self._uploads.begin_post(node, post, buffers, out)
+        if node.pending_frames or (isinstance(post, PendingPost) and post.apart):
+            self._uploads.hold(node, post)
+        elif isinstance(post, PendingPost):
+            self._acceptance.accept(node, post, now, out)
+            self._acks.add(node, now)
+        else:
+            self._apply(node, post, now, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
         """Apply, in order, the pending frames whose blobs have arrived; request missing blobs."""
@@ -290,21 +294,27 @@ class Broker:
             if frame is None:
                 break
             node.pop_frame()
-            match frame:
-                case PendingPost():
-                    self._acceptance.apply(node, frame.complete(), now, out)
-                case RejectedPost():
-                    self._acceptance.apply(node, frame, now, out)
-                case Done():
-                    self._done(node, frame, now, out)
-                case RunEnded(reason=reason):
-                    self._end_run(node, reason, now, out)
-                    return
-            self._acks.add(node, now)
+            self._apply(node, frame, now, out)
+        if node.run.over:
+            return
         self._uploads.ask(node, now, out)
         if node.has_dropped and not self._uploads.holds_too_much(node, part=2):
             node.has_dropped = False
             out.append(SendTo(node.peer, UnknownSession()))
+
+    def _apply(self, node: Node, frame: PendingFrame, now: float, out: list[Action]) -> None:
+        """Apply a frame whose blobs are stored, after all frames before it."""
+        match frame:
+            case PendingPost():
+                self._acceptance.apply(node, frame.complete(), now, out)
+            case RejectedPost():
+                self._acceptance.apply(node, frame, now, out)
+            case Done():
+                self._done(node, frame, now, out)
+            case RunEnded(reason=reason):
+                self._end_run(node, reason, now, out)
+                return
+        self._acks.add(node, now)
 
     def _done(self, node: Node, done: Done, now: float, out: list[Action]) -> None:
         for seq, reason in done.refused.items():
@@ -344,8 +354,8 @@ class Broker:
             if member.alive:
                 member.move(SessionEvent.RUN_END)
             member.lease_until = now + self._settings.lease_s
-            member.pending.clear()
-            member.queue.clear()
+            for messages in (member.pending, member.requests, member.queue):
+                messages.clear()
             member.pending_frames.clear()
             member.held_bytes, member.has_dropped = 0, False
         run.waiting.clear()

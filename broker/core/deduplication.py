@@ -63,6 +63,9 @@ class DedupWindow:
         self._ids: dict[Sender, dict[int, int]] = {}
         self._size = 0
 
+    def __len__(self) -> int:
+        return self._size
+
     def add(self, run: str, name: str, fingerprint: PostFingerprint) -> None:
         """Add a message, its sender's newest; ``name``: of the sender."""
         sender = run, name

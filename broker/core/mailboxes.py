@@ -63,6 +63,10 @@ class Mailboxes:
         self.fresh: dict[int, Accepted] = {}
         """Messages accepted in this event, by number; the ledger does not have them yet."""
 
+    def request_id(self, node: Node, seq: int) -> str:
+        """Return the id of an unfinished message of a node."""
+        return node.requests.get(seq) or self.read(seq).read().id
+
     def read(self, seq: int) -> Accepted:
         """Return an accepted message by its number."""
         return self.fresh.get(seq) or self.store.read(seq)
@@ -79,10 +83,10 @@ class Mailboxes:
         run, name = node.run.id, node.name
         leads = node.hello.role == AGGREGATOR
         known = (self.leader_window if leads else self.dedup_window).seen(run, name, fingerprint)
-        if known == "new":
+        if known == "new" and self.rejected_window:
             known = self.rejected_window.seen(run, name, fingerprint)
-        if known == "new":
-            known = self.rejected_window.seen(run, "", fingerprint)  # a ledger of 0.1.0: no sender
+            if known == "new":  # a ledger of 0.1.0 has no senders
+                known = self.rejected_window.seen(run, "", fingerprint)
         return known
 
     def note_accepted(
@@ -152,7 +156,7 @@ class Mailboxes:
 
     def consume(self, node: Node, seqs: Sequence[int], now: float, out: list[Action]) -> None:
         """Record that a node has handled messages; numbers that are not pending are ignored."""
-        finished = [seq for seq in seqs if node.pending.pop(seq, None) is not None]
+        finished = [seq for seq in seqs if node.finish(seq)]
         self._discard(node.run, finished)
         for start in range(0, len(finished), _CONSUMED_BATCH):
             of = tuple(finished[start : start + _CONSUMED_BATCH])

@@ -15,7 +15,7 @@ from fedmq.broker.rejections import Code
 from fedmq.broker.settings import Limits
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.chunked_transfer import Owned
-from fedmq.broker.wire.schema import EMPTY, Buffer, Chunk, Message
+from fedmq.broker.wire.schema import CHUNK_BYTES, EMPTY, Buffer, Chunk, Message
 from fedmq.broker.wire.window import RESERVED_BYTES
 
 UPLOAD_CHUNKS = 32
@@ -26,6 +26,11 @@ matter more than throughput. (Measured on two cores, beside a stream of 100 MB b
 the 99th percentile with a window of 8 chunks, 15 to 17 with 2, 11 to 16 with 1.)"""
 CONTROL_BYTES = 1 << 20
 """What an aggregator may store beyond the limits of disk, in messages without blobs."""
+_RECORD_BYTES = 1024
+"""More than the head of a chunk's record takes on the disk."""
+_CHECKED_PART = 1024
+"""A node's usage is compared with the limits when this part of the room has been used. So small
+that nothing can exceed the limits in between: a blob may be deleted and fetched again."""
 SMALL_MESSAGE_RATE, SMALL_MESSAGE_PERIOD_S = 4, 0.2
 """Messages without blobs, in seconds, that count as frequent; only those to nodes that upload
 nothing are counted."""
@@ -47,6 +52,11 @@ class Uploads:
         """Nodes with chunks to send, by identity of the object."""
         self._small_messages: deque[float] = deque(maxlen=SMALL_MESSAGE_RATE)
         """Arrival times of the last messages without blobs."""
+        self._named_bytes = 0
+        """The most that the blobs of all posts can have taken on the disk, beginning with this
+        object. With the bytes of its run's messages, it says how much a node can have stored since
+        its usage was last compared with the limits: below `Node.unchecked_bytes`, it need not be
+        compared again."""
         self._completed: tuple[BlobName, int] | None = None
         """Name and size of the blob that the present event has completed."""
 
@@ -56,17 +66,30 @@ class Uploads:
 
     def note_message(self, node: Node, message: Message, now: float) -> None:
         """Count a message if a round trip may depend on it."""
+        if message.blobs:
+            return
         recipient = node.run.host_of(message.to)
-        if not message.blobs and not (recipient is not None and len(recipient.fetcher)):
+        if recipient is None or not len(recipient.fetcher):
             self._small_messages.append(now)
 
     def begin_post(
         self, node: Node, post: PendingPost, buffers: Sequence[Buffer], out: list[Action]
     ) -> PendingPost | RejectedPost:
-        """Store the blobs that came with a post, and fetch the others."""
+        """Store the blobs that came with a post, and fetch the others.
+
+        In the post that is returned, ``apart`` is empty if it can be applied in this event.
+        """
         message = post.message
-        if reason := self._over_disk(node, post):
-            return post.rejected(Code.LIMIT, reason)
+        for blob in message.blobs:
+            self._named_bytes += blob.size + _RECORD_BYTES * (1 + blob.size // CHUNK_BYTES)
+        grown = self._named_bytes + node.run.message_bytes[""]
+        if grown + len(post.frame.message) > node.unchecked_bytes:
+            room = self._disk_room(node, post)
+            if isinstance(room, str):
+                return post.rejected(Code.LIMIT, room)
+            node.unchecked_bytes = grown + room // _CHECKED_PART
+        if not message.blobs:
+            return post
         beside = {
             message.blobs[index]: data
             for index, data in zip(post.frame.inline, buffers, strict=True)
@@ -83,11 +106,14 @@ class Uploads:
                 apart.append(blob)
         if not apart:
             return post
-        post = replace(post, apart=tuple(apart))
-        return self.resolve(node, post) or post
+        late = replace(post, apart=tuple(apart))
+        found = self.resolve(node, late)
+        if found is late and not node.pending_frames:
+            return post  # all of them are stored, and it is applied in this event
+        return found or late
 
-    def _over_disk(self, node: Node, post: PendingPost) -> str:
-        """Return why the disk has no room for a post: its node or its run uses too much; or ""."""
+    def _disk_room(self, node: Node, post: PendingPost) -> int | str:
+        """Return the bytes that a node may store beyond a post, or why it may not store that."""
         run, limits = node.run, self._limits
         new = len(post.frame.message)
         of_node, of_run = self._store.used(run.id, node.name)
@@ -102,6 +128,7 @@ class Uploads:
             of_run += sum(each.fetcher.missing_bytes for each in fetching if each.run is run)
         of_node += run.message_bytes[node.name]
         of_run += run.message_bytes[""]
+        room = min(limits.node_disk - of_node, limits.run_disk - of_run) - new
         if node.hello.role == AGGREGATOR and not post.message.blobs:
             new -= CONTROL_BYTES  # so that it can still record why the run ends
         if of_node + new > limits.node_disk:
@@ -114,7 +141,7 @@ class Uploads:
                 f"broker.limits.run_disk: expected at most {limits.run_disk:,} bytes of run "
                 f"{run.id}, got {of_run:,} and {new:,} more"
             )
-        return ""
+        return room
 
     def resolve(self, node: Node, post: PendingPost) -> PendingPost | RejectedPost | None:
         """Return a post whose blobs are stored; None while some are missing, and fetch these.
