@@ -232,8 +232,9 @@ class RouterPort:
     def _flush(self, peer: bytes, queue: SendQueue, sent: Callable[[bytes, int], None]) -> None:
         while queue:
             parts = queue.next()
+            tracked = self._queues.needs_mark(queue)
             try:
-                tracker = send_parts(self.socket, [peer, *parts], tracked=queue.needs_mark(parts))
+                tracker = send_parts(self.socket, [peer, *parts], tracked=tracked)
             except zmq.Again:
                 return
             except zmq.ZMQError as error:

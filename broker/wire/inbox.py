@@ -21,6 +21,7 @@ from fedmq.broker.wire.schema import (
     Buffer,
     ChunkRequest,
     Hello,
+    Post,
 )
 from fedmq.broker.wire.window import RESERVED_BYTES
 
@@ -81,12 +82,12 @@ def headers_of(parts: Sequence[Part]) -> list[tuple[bytes, int]]:
         raise WireError("expected a header, got an empty message")
     if len(parts) > MAX_BUFFERS + 1:
         raise WireError(f"expected at most {MAX_BUFFERS} buffers, got more")
-    return split_header(parts[0].buffer)
+    return split_header(parts[0].bytes)
 
 
 def frames_of(
     headers: Sequence[tuple[bytes, int]], parts: Sequence[Part]
-) -> Iterator[tuple[AnyFrame, list[Buffer]]]:
+) -> Iterator[tuple[AnyFrame, Sequence[Buffer]]]:
     """Yield the frames of a message, each with its buffers; decode each when it is its turn.
 
     Raises:
@@ -95,6 +96,9 @@ def frames_of(
     at = 1
     for header, count in headers:
         frame = decode_frame(header)
+        if not count:
+            yield frame, ()
+            continue
         end = at + count if count >= 0 else len(parts)
         yield frame, _buffers(parts[at:end])
         at = end
@@ -122,7 +126,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.messages: deque[tuple[Sequence[Part], int, Any]] = deque()
-        self.frames: Iterator[tuple[AnyFrame, list[Buffer]]] = iter(())
+        self.frames: Iterator[tuple[AnyFrame, Sequence[Buffer]]] = iter(())
         self.nbytes = self.unread = self.dropped = 0
         self.free_at = 0.0
         self.blocked = False
@@ -255,22 +259,18 @@ class Inbox:
                 nbytes = memory - _PART_BYTES * len(parts)
                 cost_s += nbytes * self._byte_s
                 headers = headers_of(parts)
-                if len(parts[0]) > _LARGE_BYTES:
-                    for header, _ in headers:
-                        if len(header) > _LARGE_BYTES:
-                            cost_s += self._body_s(header)
-                if len(headers) == 1:  # a short cut: most messages have one frame
+                for header, _ in headers if len(parts[0]) > _LARGE_BYTES else ():
+                    if len(header) > _LARGE_BYTES:
+                        cost_s += self._body_s(header)
+                lane.unread = len(headers)
+                if lane.unread == 1:  # a short cut: most messages have one frame
                     frame = decode_frame(headers[0][0])
                     buffers = _buffers(parts[1:]) if len(parts) > 1 else ()
-                    lane.unread = 1
                 else:
                     lane.frames = frames_of(headers, parts)
                     frame, buffers = next(lane.frames)
-                    lane.unread = len(headers)
-            if isinstance(frame, ChunkRequest):
-                cost_s += frame.size * self._byte_s
-            elif isinstance(frame, Hello):
-                cost_s += self._costly_s
+            if type(frame) is not Post:  # the most frequent
+                cost_s += self._frame_s(frame)
         except WireError as error:
             frame, buffers = error, ()
             lane.unread = 1
@@ -284,6 +284,12 @@ class Inbox:
             if not lane.messages:
                 lane.dropped = 0
         return frame, buffers, nbytes, origin
+
+    def _frame_s(self, frame: AnyFrame) -> float:
+        """Return the cost of a frame beside that of its message."""
+        if isinstance(frame, ChunkRequest):
+            return frame.size * self._byte_s
+        return self._costly_s if isinstance(frame, Hello) else 0.0
 
     def _body_s(self, header: bytes) -> float:
         """Return the cost of a large header beside that of a message.
