@@ -37,6 +37,11 @@ class FedProx(FedAvg):
         slow = rng.random() < self.partial
         return int(rng.integers(1, self.epochs + 1)) if slow else self.epochs
 
+    @property
+    def proximal_weight(self) -> float:
+        """Return mu."""
+        return self.mu
+
     def regularize(self, gradient: Tensor, trained: Tensor, anchor: Tensor) -> None:
         """Add mu * (w - w_t), the gradient of the proximal term."""
         super().regularize(gradient, trained, anchor)

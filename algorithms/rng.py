@@ -1,9 +1,8 @@
-"""Derive every random draw of a run from (run seed, purpose, client, task)."""
+"""Seed the global generators of Python, numpy and torch for a user's code, and restore them."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import random
 import threading
 from collections.abc import Iterator
@@ -11,17 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from fedmq.algorithms.seeds import derive_rng, derive_seed
 
-def derive_seed(seed: int, purpose: str, *what: int | str) -> int:
-    """Return 63 random bits that depend on all of the arguments and on nothing else."""
-    text = "\x1f".join(map(str, (seed, purpose, *what)))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def derive_rng(seed: int, purpose: str, *what: int | str) -> np.random.Generator:
-    """Return a separate generator for one purpose, for example ("cohort", version)."""
-    return np.random.default_rng(derive_seed(seed, purpose, *what))
+__all__ = ["derive_rng", "derive_seed", "seeded"]
 
 
 _global_generators = threading.RLock()

@@ -374,6 +374,10 @@ class BrokerDriver:
             self._cannot_share(str(error))
             return ""
 
+    def share_as(self, name: str) -> None:
+        """Name the ledger's folder to nodes other than by its path, if its files are shared."""
+        self._shared = self._shared and name
+
     # ---- logs
 
     def _cannot_share(self, reason: str) -> None:

@@ -12,6 +12,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from fedmq.algorithms.errors import AlgorithmError, ResultError
 from fedmq.broker.errors import BrokerError, WireError
@@ -38,7 +39,16 @@ class OwnCodeError(NodeError):
 
 
 class RunFailed(NodeError):
-    """The run ended before it reached its goal; the message gives the reason."""
+    """The run ended before it reached its goal; the message gives the reason.
+
+    Attributes:
+        run: the `fedmq.Run`, if a function such as `fedmq.run` raised the error and the run has a
+            folder; else None.
+    """
+
+    def __init__(self, reason: str, run: Any = None) -> None:
+        super().__init__(reason)
+        self.run = run
 
 
 class MessageError(NodeError):

@@ -60,7 +60,8 @@ PARTS = {
     },
     "algorithms": {
         "errors": "",
-        "rng": "",
+        "seeds": "",
+        "rng": "seeds",
         "allowed": "errors",
         "values": "errors",
         "hyperparameters": "errors",
@@ -85,18 +86,22 @@ PARTS = {
     "nodes": {
         "process": "",
         "errors": "process",
-        "keys": "errors process",
         "messages": "errors process",
-        "run": "errors process messages",
+        "population": "errors",
+        "run": "errors process messages population",
+        "keys": "errors process run",
         "history": "messages run",
         "run_folder": "errors process messages run history",
         "aggregator": "errors process messages run run_folder",
         "worker": "errors process messages run",
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
-        "simulation": "process run aggregator worker",
         "cluster": "errors process keys messages run history run_folder aggregator worker",
-        "cli": "errors process keys run history run_folder aggregator worker cluster trace replay",
+        "simulation": "errors process messages population run history run_folder aggregator worker "
+        "cluster",
+        "api": "errors process run history run_folder trace cluster",
+        "cli": "errors process keys run history run_folder aggregator worker cluster trace replay "
+        "simulation api population",
         "__main__": "cli",
     },
 }

@@ -20,6 +20,8 @@ __all__ = ["MOST_EXAMPLES", "Examples", "Problem"]
 
 MOST_EXAMPLES = 10**9
 """Largest number of examples that a result may count."""
+_OF_DATA = frozenset({"most_examples", "client_size", "label_position"})
+"""What a class with data of its own does not inherit."""
 
 
 class Problem(ABC):
@@ -43,8 +45,9 @@ class Problem(ABC):
         guard(cls, Problem)
         own = vars(cls)
         # A class with other data or other metrics does not inherit the limits of the former ones.
-        if "client" in own and "most_examples" not in own:
-            cls.most_examples = Problem.most_examples  # type: ignore[method-assign] # a property
+        if "client" in own:
+            for name in _OF_DATA - own.keys():
+                setattr(cls, name, vars(Problem)[name])
         if "metrics" in own and "metric_range" not in own:
             cls.metric_range = Problem.metric_range  # type: ignore[method-assign] # same signature
         if not isinstance(model := vars(cls).get("model"), staticmethod) and callable(model):
@@ -101,6 +104,21 @@ class Problem(ABC):
         the problem's fields alone, because the aggregator may not have the data.
         """
         return MOST_EXAMPLES
+
+    def client_size(self, index: int) -> int:
+        """Return the number of training examples of one client, as `client` returns them."""
+        return len(self.client(index))
+
+    def label_position(self, index: int) -> float:
+        """Return where the labels of a client are on average, from 0 to 1 (the last class).
+
+        For simulated runs in which availability depends on the data.
+
+        Raises:
+            ProblemError: the problem does not define `classes`.
+        """
+        last = max(1, self.classes - 1)
+        return float(self.client(index).y.double().mean()) / last
 
     def metric_range(self, name: str) -> tuple[float, float]:
         """Return the smallest and the largest possible value of a metric.

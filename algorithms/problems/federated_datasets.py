@@ -288,9 +288,14 @@ class DigitTasks(LinearTasks):
                 f"problem.examples: expected at least {2 * _PARTS}, got {self.examples}"
             )
         try:
-            build(self.partition, PARTITIONS, "partition")
+            partition = build(self.partition, PARTITIONS, "partition")
         except SpecError as error:
             raise ProblemError(f"problem.partition: {error}") from None
+        if partition.with_replacement:  # an example could be in a client's training and test data
+            raise ProblemError(
+                "problem.partition: expected a partition without replacement, got "
+                f"{self.partition!r}"
+            )
 
     def _parts(self, index: int) -> Parts:
         kept = self._kept.get(index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from fedmq.algorithms.errors import ProblemError
 from fedmq.algorithms.problems.base import Examples, Problem
 from fedmq.algorithms.problems.datasets import DATASETS, DataSet, load_dataset
 from fedmq.algorithms.problems.models import MODELS
-from fedmq.algorithms.problems.partitions import PARTITIONS, Indices, Partition
+from fedmq.algorithms.problems.partitions import PARTITIONS, Bootstrap, Indices, Partition
 from fedmq.codecs.errors import SpecError
 from fedmq.codecs.spec import build
 from fedmq.codecs.text import unknown
@@ -80,7 +80,7 @@ class ImageClassification(Problem):
             raise ProblemError(f"clients: expected at least 1, got {self.clients}")
         if not 0 <= self.seed < 1 << 63:
             raise ProblemError(f"seed: expected 0 to 2**63 - 1, got {self.seed}")
-        parts = self.clients + self.held_out
+        parts = 1 if self._partition.with_replacement else self.clients + self.held_out
         if self.examples is not None and self.examples < parts:
             raise ProblemError(
                 f"examples: expected at least one for each of {parts} clients, got {self.examples}"
@@ -113,8 +113,22 @@ class ImageClassification(Problem):
 
     @property
     def most_examples(self) -> int:
-        """Return the number of training examples of all clients."""
+        """Return the number of training examples, or of those that each client draws."""
+        if isinstance(self._partition, Bootstrap):
+            return self._partition.size
         return DATASETS[self.name].examples if self.examples is None else self.examples
+
+    def client_size(self, index: int) -> int:
+        """Return the number of a client's training examples; arguments and errors as `client`."""
+        self._check(index)
+        if isinstance(self._partition, Bootstrap):
+            return self._partition.size
+        return len(self._parts[index])
+
+    def label_position(self, index: int) -> float:
+        """Return where a client's labels are on average, from 0 to 1; errors as `client`."""
+        self._check(index)
+        return float(self._data.y_train[self._part(index)].mean()) / max(1, self.classes - 1)
 
     def client(self, index: int) -> Examples:
         """Return the training examples of one client; x: float32 [n, C, H, W], read-only.
@@ -126,12 +140,13 @@ class ImageClassification(Problem):
         self._check(index)
         found = self._cache.get(index)
         if found is None:
-            part = self._parts[index]
+            part = self._part(index)
             found = Examples(
                 self._data.normalise(self._data.x_train[part]),
                 torch.from_numpy(self._data.y_train[part]),
             )
-            self._cache.keep(index, found)
+            if not self._partition.with_replacement:  # whose clients are too many to be kept
+                self._cache.keep(index, found)
         return found
 
     def test(self) -> Examples:
@@ -164,7 +179,7 @@ class ImageClassification(Problem):
         self._check(index)
         chosen = self._tests.get(index)
         if chosen is None:
-            trained = np.bincount(self._data.y_train[self._parts[index]], minlength=self.classes)
+            trained = np.bincount(self._data.y_train[self._part(index)], minlength=self.classes)
             there = np.bincount(self._data.y_test, minlength=self.classes)
             both = np.flatnonzero((trained > 0) & (there > 0))
             share = min(1.0, float((there[both] / trained[both]).min()))
@@ -228,25 +243,32 @@ class ImageClassification(Problem):
         """Return the indices of all training examples, shuffled."""
         return np.random.default_rng((self.seed, 0)).permutation(len(self._data.y_train))
 
+    def _part(self, index: int) -> Indices:
+        """Return the indices of a client's training examples, sorted."""
+        return self._chosen[self._parts[index]]
+
     @cached_property
-    def _parts(self) -> list[Indices]:
-        labels, writers = self._data.y_train, self._data.writers
-        first = self.public_examples
-        left = len(labels) - first
+    def _chosen(self) -> Indices:
+        """Return the indices of the training examples of all clients, sorted."""
+        first, total = self.public_examples, len(self._data.y_train)
+        left = total - first
         if left < (self.examples or 0) or left < 1:
             raise ProblemError(
                 f"examples: expected at most {left} of data set {self.name!r} with {first} public "
                 f"ones, got {self.examples}"
             )
-        chosen = np.arange(len(labels))
-        if self.examples is not None or first:
-            count = left if self.examples is None else self.examples
-            chosen = np.sort(self._order[first : first + count])
-            labels = labels[chosen]
-            writers = None if writers is None else writers[chosen]
+        if self.examples is None and not first:
+            return np.arange(total)
+        count = left if self.examples is None else self.examples
+        return np.sort(self._order[first : first + count])
+
+    @cached_property
+    def _parts(self) -> Sequence[Indices]:
+        """Return the places of each client's examples in `_chosen`."""
+        labels, writers = self._data.y_train[self._chosen], self._data.writers
+        writers = None if writers is None else writers[self._chosen]
         deal = np.random.default_rng((self.seed, 1))
-        parts = self._partition(labels, writers, self.clients + self.held_out, deal)
-        return [chosen[part] for part in parts]
+        return self._partition(labels, writers, self.clients + self.held_out, deal)
 
     @cached_property
     def _tests(self) -> dict[int, Indices]:

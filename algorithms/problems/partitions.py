@@ -1,15 +1,16 @@
 """Partitions of examples among clients.
 
-A partition gives each example to at most one client (to exactly one unless stated), gives every
-client some, and depends on its arguments alone: the same generator state gives the same partition.
+A partition gives each example to at most one client (to exactly one unless stated; `Bootstrap` to
+any number), gives every client some, and depends on its arguments alone: the same generator state
+gives the same partition.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ class Partition(ABC):
 
     needs_writers: ClassVar[bool] = False
     """Whether it needs the writer of each example."""
+    with_replacement: ClassVar[bool] = False
+    """Whether clients can share examples; there can then be more clients than examples."""
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
@@ -41,7 +44,7 @@ class Partition(ABC):
         groups: NDArray[np.int64] | None,
         clients: int,
         rng: np.random.Generator,
-    ) -> list[Indices]:
+    ) -> Sequence[Indices]:
         """Return the sorted indices of each client's examples.
 
         Args:
@@ -55,7 +58,7 @@ class Partition(ABC):
         """
         if clients < 1:
             raise ProblemError(f"expected at least 1 client, got {clients}")
-        if clients > len(labels):
+        if not len(labels) or (clients > len(labels) and not self.with_replacement):
             raise ProblemError(
                 f"expected at most {len(labels)} clients, one for each example, got {clients}"
             )
@@ -66,10 +69,11 @@ class Partition(ABC):
                 "'mnist' has them if the data folder holds mnist-writers.npz or "
                 "QMNIST/raw/qmnist-train-labels-idx2-int.gz"
             )
-        return [np.sort(part) for part in self._deal(values, clients, rng)]
+        dealt = self._deal(values, clients, rng)
+        return dealt if self.with_replacement else [np.sort(part) for part in dealt]
 
     @abstractmethod
-    def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> list[Indices]:
+    def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> Sequence[Indices]:
         """Assign by the label of each example, or by its writer if ``needs_writers``."""
 
 
@@ -314,6 +318,59 @@ class Fallah(Partition):
         return found
 
 
+@dataclass(frozen=True)
+class Bootstrap(Partition):
+    """Draw ``size`` examples for each client, with replacement.
+
+    The number of clients is free: a client's examples are drawn when they are asked for, from its
+    own generator. Without ``alpha``, all examples are equally likely. With it, a client's class mix
+    is drawn from Dirichlet(alpha) first, as in Hsu et al. 2019, who draw without replacement while
+    a class has examples left.
+    """
+
+    with_replacement: ClassVar[bool] = True
+
+    size: Annotated[int, Field(ge=1)]
+    alpha: Annotated[float, Field(gt=0)] | None = None
+
+    def _deal(self, values: Indices, clients: int, rng: np.random.Generator) -> Sequence[Indices]:
+        pools = [np.arange(len(values))]
+        if self.alpha is not None:
+            pools = [np.flatnonzero(values == each) for each in np.unique(values)]
+        return _DrawnParts(pools, clients, self, int(rng.integers(1 << 63)))
+
+
+class _DrawnParts(Sequence[Indices]):
+    """Parts that are drawn at each access, from one pool of examples or one for each class."""
+
+    def __init__(self, pools: list[Indices], clients: int, how: Bootstrap, seed: int) -> None:
+        self._pools, self._clients, self._how, self._seed = pools, clients, how, seed
+
+    def __len__(self) -> int:
+        return self._clients
+
+    @overload
+    def __getitem__(self, index: int) -> Indices: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Indices]: ...
+
+    def __getitem__(self, index: int | slice) -> Indices | Sequence[Indices]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(self._clients))]
+        client = range(self._clients)[index]
+        rng, size = np.random.default_rng((self._seed, client)), self._how.size
+        counts = [size]
+        if self._how.alpha is not None:
+            mix = rng.dirichlet(np.full(len(self._pools), float(self._how.alpha)))
+            counts = rng.multinomial(size, mix).tolist()
+        drawn = [
+            pool[rng.integers(len(pool), size=count)]
+            for pool, count in zip(self._pools, counts, strict=True)
+        ]
+        return np.sort(np.concatenate(drawn))
+
+
 PARTITIONS: Mapping[str, Callable[..., Partition]] = {
     "iid": Iid,
     "shards": Shards,
@@ -323,6 +380,7 @@ PARTITIONS: Mapping[str, Callable[..., Partition]] = {
     "classes": Classes,
     "targets": Targets,
     "fallah": Fallah,
+    "bootstrap": Bootstrap,
 }
 """Factories by name, for spec strings such as ``dirichlet(0.5)``."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from fedmq.broker.access.quotas import source_of
 from fedmq.broker.access.rights import Origin
 from fedmq.broker.wire.schema import Hello
 
+_REPORT_EACH_S = 60.0
 _decode = msgspec.msgpack.Decoder(Hello).decode
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -48,6 +50,7 @@ class EarlyHellos:
     def __init__(self, most: int, lease_s: float) -> None:
         self._most, self._lease_s = most, lease_s
         self._waiting: dict[bytes, Early] = {}
+        self._report_at = -math.inf
 
     def __contains__(self, peer: bytes) -> bool:
         """Return whether a connection waits."""
@@ -73,6 +76,13 @@ class EarlyHellos:
         data = _encode(msgspec.structs.replace(hello, config=""))
         self._waiting[peer] = Early((hello.run, hello.node, owner), origin, data, now)
         return True
+
+    def may_report(self, now: float) -> bool:
+        """Return whether to log that too many wait: once in a while, as each one tries again."""
+        due = now >= self._report_at
+        if due:
+            self._report_at = now + _REPORT_EACH_S
+        return due
 
     def _make_room(self, source: str) -> bool:
         """Remove the oldest connection of the source with the most; False if it is this one."""

@@ -7,6 +7,7 @@ the command that mends it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import pwd
@@ -22,9 +23,12 @@ from fedmq.broker.file_modes import FILE_MODE, FOLDER_MODE, make_private_folder
 from fedmq.broker.open_files import open_file
 
 _MOST_BYTES = 16 << 20
+_PROBE_BYTES = 4096
 _LOCK_WAIT_S = 2.0
 """Longest time to wait for another process that edits; an edit takes milliseconds."""
 _RETRY_S = 0.005
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Errors of a file system without hard links, such as FAT or some network file systems."""
 
 
 def make_key_folder(folder: Path) -> None:
@@ -94,7 +98,12 @@ def create_private(path: Path, data: bytes) -> None:
     """
     fresh = _write_fresh(path, data)
     try:
-        os.link(fresh, path)  # unlike a rename, a link replaces nothing
+        try:
+            os.link(fresh, path)  # unlike a rename, a link replaces nothing
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            _move(fresh, path)
         _sync_folder(path.parent)
     except FileExistsError:
         raise
@@ -102,6 +111,30 @@ def create_private(path: Path, data: bytes) -> None:
         raise AccessError(f"cannot write {path}: {_text(error)}") from None
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _move(fresh: Path, path: Path) -> None:
+    """Rename a file to a new name where the file system has no hard links.
+
+    Raises:
+        FileExistsError: there is such a file.
+        AccessError: see `locked`.
+        OSError: it cannot be renamed.
+    """
+    with locked(path):
+        if os.path.lexists(path):
+            raise FileExistsError(path)
+        fresh.rename(path)
+
+
+def check_writable(path: Path) -> None:
+    """Check that a private file could be written or replaced now; this changes nothing.
+
+    Raises:
+        AccessError: it could not.
+    """
+    with locked(path):
+        _write_fresh(path, bytes(_PROBE_BYTES)).unlink()
 
 
 def replace_private(path: Path, data: bytes) -> None:

@@ -37,6 +37,10 @@ class Bucket:
         self._tokens -= 1.0
         return True
 
+    def wait_s(self, per_s: float) -> float:
+        """Return the seconds from the last `take` until there is a token."""
+        return max(0.0, (1.0 - self._tokens) / per_s)
+
 
 class Quotas:
     """The live sessions and the joins of each source: a key, or an address of another host.
@@ -75,6 +79,13 @@ class Quotas:
             self._joins[source] = Bucket(2 * self._limits.sessions)
         return self._joins[source].take(now, self._limits.joins_per_s * JOINS_AT_ONCE)
 
+    def join_wait_s(self, origin: Origin, own: Bucket) -> float:
+        """Return the seconds after which a node that `may_join` has just refused may join."""
+        waits = [own.wait_s(self._limits.joins_per_s)]
+        if of_source := self._joins.get(source_of(origin)):
+            waits.append(of_source.wait_s(self._limits.joins_per_s * JOINS_AT_ONCE))
+        return max(waits)
+
     def may_open(self, origin: Origin, now: float) -> bool:
         """Count a run that is opened; return whether it may be.
 
@@ -82,6 +93,10 @@ class Quotas:
         """
         bucket = self._opened.setdefault(origin.key, Bucket(self._limits.runs))
         return bucket.take(now, RUNS_PER_S)
+
+    def open_wait_s(self, origin: Origin) -> float:
+        """Return the seconds after which a run that `may_open` has just refused may be opened."""
+        return self._opened[origin.key].wait_s(RUNS_PER_S)
 
     def begin(self, origin: Origin) -> None:
         """Count a session that begins."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Collection, Iterable, Sequence
 
@@ -27,12 +28,15 @@ from fedmq.broker.wire.schema import (
     MAX_NAMED,
     Hello,
     Range,
+    Reject,
     Serving,
     Wait,
 )
 
 MAX_CLIENTS = 1 << 20
 """Most clients of a run."""
+TWO_NAMES = "Two nodes need two names: set one with --name"
+"""What to do if a session replaces another node's."""
 Fault = tuple[RejectCode, str]
 """Code and reason of a rejection."""
 
@@ -206,7 +210,12 @@ def owner_fault(
             )
         return RejectCode.NAME, text
     if hello.role == AGGREGATOR and run.owner and not is_owner(owner, rights, run.owner):
-        return RejectCode.RUN, f"run {run.id} was opened by another key; choose another run.id"
+        text = (
+            f"run {run.id} was opened by another key: choose another run.id, or start its "
+            "aggregator with the key or the folder (--run) that it had before; if that is lost, "
+            "start the broker with --release-names"
+        )
+        return RejectCode.RUN, text
     return None
 
 
@@ -216,8 +225,7 @@ def why_not(run: RunState, hello: Hello, owner: str, known: Node | None) -> Faul
         older = session_number(hello.session) < session_number(known.hello.session)
         # An aggregator's older session lacks what the newer one has settled, wherever that is.
         if older and (known.alive or hello.role == AGGREGATOR):
-            text = f"a newer session of {hello.node!r} {'is' if known.alive else 'was'} connected"
-            return RejectCode.REPLACED, text
+            return RejectCode.REPLACED, _older_session(hello, known)
     if (
         known is not None
         and known.alive
@@ -230,6 +238,16 @@ def why_not(run: RunState, hello: Hello, owner: str, known: Node | None) -> Faul
         text = f"run {run.id} has another configuration; set another run.id for this one"
         return RejectCode.CONFIG, text
     return _clients_fault(run, hello)
+
+
+def _older_session(hello: Hello, known: Node) -> str:
+    """Return the reason for the rejection of an older session, and what may be the cause of it."""
+    behind_ns = session_number(known.hello.session) - session_number(hello.session)
+    return (
+        f"a newer session of {hello.node!r} {'is' if known.alive else 'was'} connected; if this "
+        f"one was started later, its host's clock is {math.ceil(behind_ns / 1e9):,} s behind: "
+        f"correct it, or start this node again after that time. {TWO_NAMES}"
+    )
 
 
 def _clients_fault(run: RunState, hello: Hello) -> Fault | None:
@@ -264,7 +282,11 @@ def run_limit_fault(
         text = f"this broker serves at most {limits.runs} runs at a time (broker.limits.runs)"
         return RejectCode.LIMIT, text
     if not quotas.may_open(origin, now):
-        text = "too many runs were opened in a short time (broker.limits.runs); wait before another"
+        wait_s = math.ceil(quotas.open_wait_s(origin))
+        text = (
+            "too many runs were opened in a short time (broker.limits.runs); start this one again "
+            f"after {wait_s} s"
+        )
         return RejectCode.LIMIT, text
     return None
 
@@ -281,7 +303,11 @@ def new_name_fault(
     if origin.key and any(
         each.name == name and key != origin.key for key, each in access.keys.items()
     ):
-        text = f"the name {name!r} is that of another key; set another name with --name"
+        text = (
+            f"the name {name!r} is that of another authorised key; this one is "
+            f"{access.keys[origin.key].name}: set another name with --name or, if this node uses "
+            "the wrong key, choose the right one with --key or --keys"
+        )
         return RejectCode.NAME, text
     free = limits.nodes - len(run.nodes)
     if free <= 0:
@@ -300,11 +326,32 @@ def new_name_fault(
     return None
 
 
-def join_limit_fault(origin: Origin, limits: Limits, *, room: bool) -> Fault:
-    """Return (code, reason) for a node whose source has too many sessions, or joins too often."""
-    if not room:
+def join_limit_fault(origin: Origin, limits: Limits, wait_s: float | None) -> Fault:
+    """Return (code, reason) for a node whose source has too many sessions, or joins too often.
+
+    ``wait_s``: seconds until it may join; None if its source has too many sessions.
+    """
+    if wait_s is None:
         who = "a key" if origin.key else "an address"
-        text = f"{who} may have at most {limits.sessions} live sessions (broker.limits.sessions)"
+        text = (
+            f"{who} may have at most {limits.sessions} live sessions (broker.limits.sessions); end "
+            "another node of it first, or start the broker with a higher limit"
+        )
         return RejectCode.LIMIT, text
-    text = "this node joins too often (broker.limits.joins_per_s); wait before its next start"
+    text = (
+        "this node, or others of its key or address, were started too often "
+        f"(broker.limits.joins_per_s); start it again after {math.ceil(wait_s)} s"
+    )
     return RejectCode.LIMIT, text
+
+
+def too_many_wait(limits: Limits) -> Wait:
+    """Return the answer to a node that cannot wait for its run: it says Hello again."""
+    text = f"at most {limits.waiting} nodes may wait for a run (broker.limits.waiting)"
+    return Wait(reason=text, crowded=True)
+
+
+def rejection(fault: Fault) -> Reject:
+    """Return the frame that rejects a node for a fault."""
+    code, reason = fault
+    return Reject(code=code, reason=reason[:2000])

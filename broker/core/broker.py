@@ -37,10 +37,7 @@ from fedmq.broker.core.sessions import Sessions
 from fedmq.broker.core.state import Node, PendingFrame, PendingPost, RejectedPost
 from fedmq.broker.core.uploads import Uploads
 from fedmq.broker.errors import VersionError
-from fedmq.broker.ledger.entries import (
-    BlobName,
-    Ended,
-)
+from fedmq.broker.ledger.entries import BlobName, Ended
 from fedmq.broker.rejections import Code, RejectCode
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire import schema
@@ -104,6 +101,11 @@ class Broker:
         timer = self._mailboxes.timers[0][0] if self._mailboxes.timers else math.inf
         due = min(self._sessions.due, self._acks.due, timer)
         return due if due < math.inf else None
+
+    @property
+    def next_seq(self) -> int:
+        """Number of the next ledger entry."""
+        return self._mailboxes.next_seq
 
     @property
     def idle(self) -> bool:
@@ -257,11 +259,10 @@ class Broker:
                 case PostAll():
                     for post in frame.each():
                         self._begin(node, post, buffers, now, out)
+                case Done() | RunEnded() if node.pending_frames:
+                    self._uploads.hold(node, frame)
                 case Done() | RunEnded():
-                    if node.pending_frames:
-                        self._uploads.hold(node, frame)
-                    else:
-                        self._apply(node, frame, now, out)
+                    self._apply(node, frame, now, out)
             if buffers:
                 self._acks.add(node, now, sum(memoryview(each).nbytes for each in buffers))
             if node.pending_frames or len(node.fetcher):
@@ -295,9 +296,8 @@ class Broker:
                 break
             node.pop_frame()
             self._apply(node, frame, now, out)
-        if node.run.over:
-            return
-        self._uploads.ask(node, now, out)
+        if not node.run.over:
+            self._uploads.ask(node, now, out)
         if node.has_dropped and not self._uploads.holds_too_much(node, part=2):
             node.has_dropped = False
             out.append(SendTo(node.peer, UnknownSession()))

@@ -14,6 +14,7 @@ from fedmq.broker.access.quotas import JOINS_AT_ONCE, Bucket, source_of
 from fedmq.broker.access.rights import OPEN, Origin, Rights
 from fedmq.broker.core import delivery
 from fedmq.broker.core.admission import (
+    TWO_NAMES,
     Fault,
     find_run,
     join_limit_fault,
@@ -21,9 +22,11 @@ from fedmq.broker.core.admission import (
     malformed,
     new_name_fault,
     owner_fault,
+    rejection,
     rights_fault,
     run_limit_fault,
     served_runs,
+    too_many_wait,
     wait_for_run,
     why_not,
 )
@@ -51,7 +54,6 @@ from fedmq.broker.wire.schema import (
     Enrolled,
     Goodbye,
     Hello,
-    Reject,
     RunEnded,
     Welcome,
 )
@@ -103,7 +105,7 @@ class Admissions:
         if origin.key in self.access.invites and isinstance(frame, Enroll):
             self._enroll(peer, frame.key, origin.key, now, out)
         elif not isinstance(frame, Goodbye):
-            out.append(SendTo(peer, _rejection(fault)))
+            out.append(SendTo(peer, rejection(fault)))
             if origin.key not in self.access.invites:
                 out.append(Disconnect(peer))
             out.append(Log("warning", "rejected", {"reason": fault[1]}))
@@ -118,7 +120,7 @@ class Admissions:
     def _enroll(self, peer: bytes, key: str, invite: str, now: float, out: list[Action]) -> None:
         fault = enrolment_fault(self.access, self.access.invites[invite], key, now)
         if fault is not None:
-            out.append(SendTo(peer, _rejection(fault)))
+            out.append(SendTo(peer, rejection(fault)))
             out.append(Log("warning", "rejected", {"reason": fault[1]}))
         elif key in self.access.keys:
             out.append(SendTo(peer, Enrolled(key=key)))
@@ -143,12 +145,12 @@ class Admissions:
                 out.append(Log("info", "enrolled", {"key": name}))
             else:
                 reason = event.reason or "the key was not stored"
-                out.append(SendTo(peer, _rejection((RejectCode.INVITE, reason))))
+                out.append(SendTo(peer, rejection((RejectCode.INVITE, reason))))
                 out.append(Log("warning", "rejected", {"reason": reason}))
         for peer, origin in [*self.early]:
             if fault := self.key_fault(origin):
                 self.early.discard(peer)
-                out += SendTo(peer, _rejection(fault)), Disconnect(peer)
+                out += SendTo(peer, rejection(fault)), Disconnect(peer)
         for node in [*self._sessions.alive()]:
             rights_now = access.rights_of(node.origin.key)
             fault = self.key_fault(node.origin)
@@ -167,7 +169,7 @@ class Admissions:
         self._sessions.forget_connection(node)
         node.peer = b""
         if peer:
-            out += SendTo(peer, _rejection(fault)), Disconnect(peer)
+            out += SendTo(peer, rejection(fault)), Disconnect(peer)
 
     # ---- admission
 
@@ -230,9 +232,10 @@ class Admissions:
         """Let a node wait for its run."""
         runs = self._mailboxes.runs
         if not self.early.add(peer, hello, origin, now):
-            most = self._settings.limits.waiting
-            text = f"at most {most} nodes may wait for a run (broker.limits.waiting)"
-            self._reject(peer, hello, (RejectCode.LIMIT, text), out)
+            wait = too_many_wait(self._settings.limits)
+            out.append(SendTo(peer, wait))
+            if self.early.may_report(now):
+                out.append(Log("warning", "cannot let more nodes wait", {"reason": wait.reason}))
             return
         before = self._sessions.peers.get(peer)
         if before is not None:
@@ -270,7 +273,8 @@ class Admissions:
         room = (replaces and same_source) or quotas.has_room(origin)
         if room and quotas.may_join(origin, joins, now):
             return None
-        return join_limit_fault(origin, self._settings.limits, room=room)
+        wait_s = quotas.join_wait_s(origin, joins) if room else None
+        return join_limit_fault(origin, self._settings.limits, wait_s)
 
     def _open(self, run: RunState, now: float, out: list[Action]) -> None:
         """Open a run."""
@@ -327,7 +331,8 @@ class Admissions:
             if known is not None:
                 if known.alive:
                     reason = "a newer session has taken over"
-                    out.append(SendTo(known.peer, _rejection((RejectCode.REPLACED, reason))))
+                    fault = RejectCode.REPLACED, f"{reason}. {TWO_NAMES}"
+                    out.append(SendTo(known.peer, rejection(fault)))
                     self._sessions.leave(known, reason, now, out)
                 known.move(SessionEvent.REPLACE)
                 self._sessions.forget_connection(known)
@@ -387,14 +392,9 @@ class Admissions:
         self, peer: bytes, hello: Hello, fault: Fault, out: list[Action], config: str = ""
     ) -> None:
         """Reject a node; ``config``: the run's configuration, sent if its aggregator differs."""
-        reject = _rejection(fault)
+        reject = rejection(fault)
         if config and fault[0] == RejectCode.CONFIG and hello.run in self._mailboxes.runs:
             reject = msgspec.structs.replace(reject, config=config)
         out.append(SendTo(peer, reject))
         fields = {"peer_node": hello.node[:100], "reason": fault[1]}
         out.append(Log("warning", "rejected", fields))
-
-
-def _rejection(fault: Fault) -> Reject:
-    code, reason = fault
-    return Reject(code=code, reason=reason[:2000])

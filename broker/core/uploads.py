@@ -8,14 +8,14 @@ from typing import TypeGuard
 
 from msgspec.structs import replace
 
-from fedmq.broker.core.events import Action, Discard, Put, SendTo, Store
+from fedmq.broker.core.events import Action, Discard, Log, Put, SendTo, Store
 from fedmq.broker.core.state import Node, PendingFrame, PendingPost, RejectedPost
 from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code
 from fedmq.broker.settings import Limits
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.chunked_transfer import Owned
-from fedmq.broker.wire.schema import CHUNK_BYTES, EMPTY, Buffer, Chunk, Message
+from fedmq.broker.wire.schema import CHUNK_BYTES, EMPTY, Blob, Buffer, Chunk, Message
 from fedmq.broker.wire.window import RESERVED_BYTES
 
 UPLOAD_CHUNKS = 32
@@ -31,6 +31,8 @@ _RECORD_BYTES = 1024
 _CHECKED_PART = 1024
 """A node's usage is compared with the limits when this part of the room has been used. So small
 that nothing can exceed the limits in between: a blob may be deleted and fetched again."""
+NEARLY_FULL = 0.9
+"""Fraction of a limit of disk above which a warning is logged."""
 SMALL_MESSAGE_RATE, SMALL_MESSAGE_PERIOD_S = 4, 0.2
 """Messages without blobs, in seconds, that count as frequent; only those to nodes that upload
 nothing are counted."""
@@ -57,6 +59,8 @@ class Uploads:
         object. With the bytes of its run's messages, it says how much a node can have stored since
         its usage was last compared with the limits: below `Node.unchecked_bytes`, it need not be
         compared again."""
+        self._warned: set[tuple[str, str]] = set()
+        """Run and node, or run and "", for each limit of disk that was reported as nearly used."""
         self._completed: tuple[BlobName, int] | None = None
         """Name and size of the blob that the present event has completed."""
 
@@ -84,36 +88,38 @@ class Uploads:
             self._named_bytes += blob.size + _RECORD_BYTES * (1 + blob.size // CHUNK_BYTES)
         grown = self._named_bytes + node.run.message_bytes[""]
         if grown + len(post.frame.message) > node.unchecked_bytes:
-            room = self._disk_room(node, post)
+            room = self._disk_room(node, post, out)
             if isinstance(room, str):
                 return post.rejected(Code.LIMIT, room)
             node.unchecked_bytes = grown + room // _CHECKED_PART
         if not message.blobs:
             return post
-        beside = {
-            message.blobs[index]: data
-            for index, data in zip(post.frame.inline, buffers, strict=True)
-        }
+        beside: dict[Blob, Buffer] = {}
+        for index, data in zip(post.frame.inline, buffers, strict=True):
+            beside[message.blobs[index]] = data
         apart = []
+        waits = bool(node.pending_frames)  # then a stored blob may be deleted until its turn
         for blob in message.blobs:
             name = blob_name(message, blob)
             if not blob.size and blob.digest != EMPTY:
                 text = f"expected the digest of no bytes for an empty blob, got {blob.digest.hex()}"
                 return post.rejected(Code.BAD_BLOB, text)
-            if self._store.size_of(name) is None and (blob in beside or not blob.size):
+            size = self._store.size_of(name)
+            if size is None and (blob in beside or not blob.size):
                 out.append(Put(name, blob.size, 0, beside.get(blob, b"")))
             else:
                 apart.append(blob)
-        if not apart:
+                waits |= size != blob.size
+        if not waits:
             return post
-        late = replace(post, apart=tuple(apart))
-        found = self.resolve(node, late)
-        if found is late and not node.pending_frames:
-            return post  # all of them are stored, and it is applied in this event
-        return found or late
+        post = replace(post, apart=tuple(apart))
+        return self.resolve(node, post) or post
 
-    def _disk_room(self, node: Node, post: PendingPost) -> int | str:
-        """Return the bytes that a node may store beyond a post, or why it may not store that."""
+    def _disk_room(self, node: Node, post: PendingPost, out: list[Action]) -> int | str:
+        """Return the bytes that a node may store beyond a post, or why it may not store that.
+
+        Log once for each node and each run that only little is left.
+        """
         run, limits = node.run, self._limits
         new = len(post.frame.message)
         of_node, of_run = self._store.used(run.id, node.name)
@@ -141,7 +147,27 @@ class Uploads:
                 f"broker.limits.run_disk: expected at most {limits.run_disk:,} bytes of run "
                 f"{run.id}, got {of_run:,} and {new:,} more"
             )
+        if of_node + new > NEARLY_FULL * limits.node_disk:
+            self._warn(run.id, node.name, of_node + new, out)
+        if of_run + new > NEARLY_FULL * limits.run_disk:
+            self._warn(run.id, "", of_run + new, out)
         return room
+
+    def _warn(self, run: str, node: str, used: int, out: list[Action]) -> None:
+        """Log that the disk of a node, or of a run (``node`` is ""), is nearly used up."""
+        if (run, node) in self._warned:
+            return
+        self._warned.add((run, node))
+        name = "node_disk" if node else "run_disk"
+        most = self._limits.node_disk if node else self._limits.run_disk
+        fields = {"limit": f"broker.limits.{name}", "run": run, "used": used, "most": most}
+        if node:
+            fields["peer_node"] = node
+        text = (
+            "the ledger nearly has as many bytes as it may: beyond the limit, posts are rejected; "
+            "restart the broker with a higher one"
+        )
+        out.append(Log("warning", text, fields))
 
     def resolve(self, node: Node, post: PendingPost) -> PendingPost | RejectedPost | None:
         """Return a post whose blobs are stored; None while some are missing, and fetch these.

@@ -212,6 +212,10 @@ def sentence(report: OutOfTouch, endpoint: str, run: str) -> str:
             return f"waiting for the broker at {endpoint} {for_s}"
         case StorageFull(reason=reason):
             return f"the broker at {endpoint} has not been able to write {for_s}: {reason}"
+        case Wait(crowded=True, reason=reason):
+            return (
+                f"the broker at {endpoint} lets no more nodes wait {for_s}, trying again: {reason}"
+            )
         case Wait(serving=serving):
             wanted = f"run {run}" if run else "a run to start"
             return f"the broker at {endpoint} {_served(serving)}; waiting for {wanted} {for_s}"

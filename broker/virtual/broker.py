@@ -22,7 +22,8 @@ from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.disk import Crash, VirtualDisk
 from fedmq.broker.virtual.machine import Machine
-from fedmq.broker.virtual.network import VirtualNetwork
+from fedmq.broker.virtual.network import LEDGER, VirtualNetwork
+from fedmq.broker.virtual.plain_disk import PlainDisk
 from fedmq.broker.wire.clock import milliseconds_until
 from fedmq.broker.wire.schema import AnyFrame, Buffer
 
@@ -45,6 +46,7 @@ class VirtualBroker:
         draw_identity: see `Broker`; by default ``virtual1``, ``virtual2``, ..., across crashes.
         access: who may connect; by default a broker without keys.
         on_start: called with it whenever it has opened its ledger.
+        checked: whether to validate the state of its core after each turn.
 
     Attributes:
         network: as given.
@@ -67,17 +69,18 @@ class VirtualBroker:
         ledger_settings: LedgerSettings | None = None,
         *,
         machine: Machine | None = None,
-        disk: VirtualDisk | None = None,
+        disk: VirtualDisk | PlainDisk | None = None,
         draw_identity: Callable[[], str] | None = None,
         access: AccessStore | None = None,
         on_start: Callable[[VirtualBroker], object] = lambda _: None,
+        checked: bool = True,
     ) -> None:
         self.network, self._folder, self._settings = network, folder, settings
         self._ledger_settings = ledger_settings or LedgerSettings()
         self._machine = machine or Machine(network)
         # Counted, so that a history depends only on its seed.
         self._draw_identity = draw_identity or map("virtual{}".format, itertools.count(1)).__next__
-        self._access, self._on_start = access, on_start
+        self._access, self._on_start, self._checked = access, on_start, checked
         self.disk = disk or VirtualDisk(network.rng)
         self.up = self._paused = self.loses_power = False
         self._starts_later = False
@@ -128,6 +131,8 @@ class VirtualBroker:
         except LedgerError as error:
             self._fail(str(error))
         else:
+            self.driver.share_as(LEDGER)
+            self.network.ledger = str(self._folder.resolve())
             self._on_start(self)
             self._turn()
 
@@ -138,10 +143,16 @@ class VirtualBroker:
         self._arrived.clear()
         self._wake_at = math.inf
         self._plans += 1
-        if power:
+        if power and isinstance(self.disk, VirtualDisk):
             self.disk.lose_power()
         else:
             self.disk.die()
+
+    def close(self) -> None:
+        """End the process as one that is stopped does: what is queued is written."""
+        if self.up:
+            self.driver.close()
+            self.crash()
 
     def _fail(self, reason: str) -> None:
         """End the process, because of its ledger, and start again later."""
@@ -197,7 +208,8 @@ class VirtualBroker:
         events, self._arrived = self._arrived, []
         try:
             self.driver.turn(events)
-            self.core.validate_state()
+            if self._checked:
+                self.core.validate_state()
             if (deadline := self.driver.deadline) is not None:
                 self._plan(deadline)
         except Crash:

@@ -32,6 +32,10 @@ class Machine:
         """Return the wall clock's time, in seconds since 1970."""
         return self.monotonic() + self._ahead_s
 
+    def true_time(self) -> float:
+        """Return the network's time, which no clock of the machine shows."""
+        return self._network.now
+
     def jump(self, seconds: float) -> None:
         """Set the wall clock forward, or back."""
         self._ahead_s += seconds

@@ -56,6 +56,13 @@ class Faults:
     delay_s: float = 0.005
 
 
+NO_FAULTS = Faults(delay_s=0.0)
+LEDGER = "/ledger"
+"""Name of the ledger's folder in the virtual world: counts of bytes do not depend on its path."""
+START_S = 1000.0
+"""Time at which a network starts, in virtual seconds."""
+
+
 class VirtualNetwork:
     """The clock, and the connections between nodes and their broker.
 
@@ -66,14 +73,16 @@ class VirtualNetwork:
     Attributes:
         now: virtual time, in seconds.
         broker: the broker's end; a `VirtualBroker` sets it.
+        ledger: path of the folder that is called `LEDGER`.
         made: number of faults made so far, by kind; `VirtualDisk.made` has those of the disk.
     """
 
     def __init__(self, rng: random.Random, faults: Faults | None = None) -> None:
         self.rng = rng
         self.faults = faults or Faults()
-        self.now = 1000.0
+        self.now = START_S
         self.broker: BrokerEnd | None = None
+        self.ledger = ""
         self.made: Counter[str] = Counter()
         self._events: list[tuple[float, int, Callable[[], object]]] = []
         self._count = itertools.count()
@@ -153,6 +162,9 @@ class VirtualNetwork:
 
     def _carry(self, peer: bytes, act: Callable[[], None], *, up: bool) -> None:
         if not self.is_up(peer):
+            return
+        if self.faults is NO_FAULTS:
+            self.at(self.now, act)
             return
         faults, draw, way = self.faults, self.rng.random, (peer, up)
         copies = 1

@@ -15,19 +15,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import greenlet
+from msgspec.structs import replace
 
 from fedmq.broker.access.rights import KEYLESS, Origin
 from fedmq.broker.link.events import BackInTouch, Blocked, OutOfTouch
 from fedmq.broker.link.port import Loop, Received
 from fedmq.broker.virtual.machine import Machine
-from fedmq.broker.virtual.network import VirtualNetwork
+from fedmq.broker.virtual.network import LEDGER, VirtualNetwork
+from fedmq.broker.virtual.side_tasks import Killed, SideTasks
 from fedmq.broker.wire.clock import milliseconds_until
 from fedmq.broker.wire.encoding import decode_message
-from fedmq.broker.wire.schema import Ack, AnyFrame, Buffer, Frame, Post
-
-
-class Killed(greenlet.GreenletExit):
-    """Ends the program of a process that was killed; handlers of `Exception` do not catch it."""
+from fedmq.broker.wire.schema import Ack, AnyFrame, Buffer, Frame, Post, Welcome
 
 
 class VirtualPort:
@@ -42,6 +40,7 @@ class VirtualPort:
         switching: returns a context for the time in which the program waits; for state of the
             thread that others must not see, like torch's modes.
         origin: what the transport proves about the node.
+        checked: whether to validate the link's state at each turn, and to keep all posts.
 
     Attributes:
         peer: the present connection.
@@ -49,6 +48,7 @@ class VirtualPort:
         on_exit: called on the hub when the program has ended, or was killed.
         doomed: after each frame that is sent: whether the process dies right now.
         reports: all reports about the connection.
+        tasks: run beside the program, since `run`; they may use the link.
     """
 
     endpoint = "virtual"
@@ -60,8 +60,10 @@ class VirtualPort:
         name: str,
         switching: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         origin: Origin = KEYLESS,
+        *,
+        checked: bool = True,
     ) -> None:
-        self.name, self.up, self.origin = name, True, origin
+        self.name, self.up, self.origin, self._checked = name, True, origin, checked
         self.clock = machine.clock()
         self.lock = threading.RLock()  # never contended: there is one thread
         self.on_exit: Callable[[], object] = lambda: None
@@ -70,6 +72,7 @@ class VirtualPort:
         self._network, self._machine, self._switching = network, machine, switching
         self._loop: Loop | None = None
         self._hub = greenlet.getcurrent()
+        self.tasks = SideTasks(network, self._hub)
         self._program: greenlet.greenlet | None = None
         self._suspended = False
         """Whether the program waits for the hub: in the loop, or while it works."""
@@ -82,7 +85,7 @@ class VirtualPort:
         """True time of the next alarm."""
         self._arrived: list[tuple[AnyFrame, Sequence[Buffer]]] = []
         self.posts: dict[int, bytes] = {}
-        """The messages of all posts, by frame number."""
+        """The messages of all posts, by frame number, if it is checked."""
         self.acknowledged_to = -1
         self.peer = network.connect(self)
 
@@ -102,6 +105,7 @@ class VirtualPort:
     def run(self, program: Callable[[], object]) -> None:
         """Start the program of this process; its exceptions are raised on the hub."""
         self._hub = greenlet.getcurrent()
+        self.tasks = SideTasks(self._network, self._hub)
         self._program = greenlet.greenlet(program)
         self._suspended = True
         self._network.after(0.0, self._react)
@@ -121,24 +125,33 @@ class VirtualPort:
     def pause(self) -> None:
         """Suspend the process, like SIGSTOP: what arrives waits, and deadlines pass."""
         self._paused = True
+        self.tasks.pause()
 
     def resume(self) -> None:
         """Resume a suspended process, like SIGCONT."""
         self._paused = False
         self._network.after(0.0, self._react)
+        self._network.after(0.0, self.tasks.resume)
 
     def kill(self) -> None:
         """Kill the process: nothing that its program does from now on has an effect."""
         if not self.up:
             return
         self._exit()
-        if self._program is not None and greenlet.getcurrent() is not self._program:
+        if greenlet.getcurrent() is self._hub:
+            self._end_program()
+        else:  # the caller is the program, or one of its tasks
+            self._network.after(0.0, self._end_program)
+
+    def _end_program(self) -> None:
+        if self._program is not None and not self._program.dead:
             self._program.throw(Killed)
 
     def _exit(self) -> None:
         if self.up:
             self.up = False
             self._network.hang_up(self)
+            self._network.after(0.0, self.tasks.kill)
             self._network.after(0.0, self.on_exit)
 
     def _react(self) -> None:
@@ -156,6 +169,7 @@ class VirtualPort:
         else:
             with contextlib.suppress(Killed):
                 self._run_turn()
+        self.tasks.wake()
 
     def _run_turn(self) -> None:
         """Run a turn while the program works, as the live port's thread does."""
@@ -173,6 +187,9 @@ class VirtualPort:
         """Let the hub go on, until `_react` resumes the program."""
         if not self.up:
             raise Killed
+        if self._program is not None and greenlet.getcurrent() is not self._program:
+            self.tasks.wait()
+            return
         self._suspended = True
         if self._program is None:
             while self._suspended:
@@ -226,7 +243,7 @@ class VirtualPort:
         """
         if not self.up:
             return
-        if isinstance(frame, Post):
+        if self._checked and isinstance(frame, Post):
             self.posts.setdefault(frame.n, frame.message)
         self._network.to_broker(self.peer, frame, buffers)
         if self.doomed(frame):
@@ -245,7 +262,7 @@ class VirtualPort:
         """
         if not self.up:
             raise Killed
-        if self._loop is not None:
+        if self._checked and self._loop is not None:
             self._loop.validate_state()
         if self._in_background or self._arrived or self._woken:
             self._woken = False
@@ -262,6 +279,8 @@ class VirtualPort:
         """Handle a frame that arrives at the process; called by the network."""
         if isinstance(frame, Ack):
             self.acknowledged_to = max(self.acknowledged_to, frame.upto)
+        if isinstance(frame, Welcome) and frame.ledger == LEDGER:
+            frame = replace(frame, ledger=self._network.ledger)
         self._arrived.append((frame, buffers))
         self._react()
 

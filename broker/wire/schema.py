@@ -181,6 +181,8 @@ class Wait(Frame, frozen=True, kw_only=True):
     reason: Reason = ""
     serving: Serving | UnsetType = UNSET
     """The runs that it has. Not sent before 1.3."""
+    crowded: bool | UnsetType = UNSET
+    """Whether too many nodes wait for a run, see `reason`. Not sent before 1.3."""
 
 
 class Post(NumberedFrame, frozen=True, kw_only=True):

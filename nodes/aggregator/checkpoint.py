@@ -19,7 +19,7 @@ from fedmq.nodes.aggregator.evaluations import ClientEvaluation
 from fedmq.nodes.aggregator.progress import Failures
 from fedmq.nodes.errors import NodeError
 from fedmq.nodes.messages.payloads import RAW, Packed, pack, unpack
-from fedmq.nodes.run.goal import Goal
+from fedmq.nodes.run.goal import Goal, Spent
 
 
 class OutstandingTask(Struct):
@@ -52,12 +52,17 @@ class Fold(Struct):
     """State of an aggregator between two versions, besides the algorithm's state.
 
     position, at: number and time of the last message in the fold.
+    hosts: node of each client; empty since the rules `progress.COMPACT_CHECKPOINTS`.
+    nodes: since those, the ranges of clients that each node hosts, both ends included.
+    unavailable: bitmap of clients that are not available; empty if all are.
     deferred: numbers of earlier messages that are not handled yet.
     arithmetic: version of the arithmetic, see `fedmq.nodes.aggregator.computed`.
     failures: failures since the last used result, see `fedmq.nodes.aggregator.progress`.
     rules: version of the rules by which failures are counted.
     failed: whether the run ends without reaching its goal.
     goal: the run's goal; missing in checkpoints of 0.1.0.
+    spent: what the run has used of the goal's limits.
+    wall_timer: token of the timer that ends the run, or "".
     expects_evaluator: whether a resumed run had an evaluator before.
     asked_final: if a timer limits the wait for the final evaluation, the number of outstanding
         evaluations when it was set.
@@ -86,8 +91,19 @@ class Fold(Struct):
     failed: bool = False
     rules: int = 0
     goal: Goal | UnsetType = UNSET
+    spent: Spent = msgspec.field(default_factory=Spent)
+    wall_timer: str = ""
     expects_evaluator: bool | UnsetType = UNSET
     asked_final: int | UnsetType = UNSET
+    nodes: dict[str, list[tuple[int, int]]] = {}
+    unavailable: bytes = b""
+
+    def ranges(self) -> dict[str, list[tuple[int, int]]]:
+        """Return the ranges of clients that each node hosts."""
+        found = {name: [*ranges] for name, ranges in self.nodes.items()}
+        for client, node in self.hosts.items():
+            found.setdefault(node, []).append((client, client))
+        return found
 
 
 def pack_checkpoint(algorithm: AnyAlgorithm, state: OpaqueState, fold: Fold) -> Packed:

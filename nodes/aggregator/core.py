@@ -83,16 +83,19 @@ class Aggregator(AggregatorState):
             return [AckUpTo(self._deferred.unsettled)]  # the checkpoint includes it
         self._position, self._now = event.seq, event.at
         self._progress.now = event.at
+        self._note_received(message)
         why: Rejection | None = None
         if message.kind == CONTINUED:
-            self._continued(message)
+            self._continued(message, out)
             self._advance(out)
         elif not self._ended:
             match message.kind:
                 case "joined":
                     self._joined(message, out)
                 case "left":
-                    self._fleet.left(message)
+                    self._tasks.went_away(self._fleet.left(message))
+                case "availability":
+                    why = self._availability(message)
                 case "tick":
                     self._tick(str(message.body.get("token")), out)
                 case "failed" if message.re in self._evaluations.asked:
@@ -116,13 +119,15 @@ class Aggregator(AggregatorState):
     def adopt(self, state: OpaqueState) -> None:
         """Replace the state of the current version, such as by the recorded one in a replay."""
         self._results.current.adopt(state)
-        self._tasks.begin_version()
+        self._tasks.adopt()
 
     # ---- the run
 
     def _begin_run(self, recorded: Delivery | None, out: list[AggregatorAction]) -> None:
         """Post the run's record: its configuration and version 0."""
         body: dict[str, Any] = {"config": self._setup.config.to_toml()}
+        if self._goal.max_wall_s is not None:
+            self._set_wall_timer(0.0, out)  # its tick has the time of the run's start
         if self._computed.arithmetic < 2:  # a run of 0.1.0, whose record has no version 0
             self._post(out, "run", RECORD, body)
             return
@@ -134,21 +139,23 @@ class Aggregator(AggregatorState):
     # ---- the fleet
 
     def _joined(self, message: Message, out: list[AggregatorAction]) -> None:
-        self._tasks.joined(message)
-        self._fleet.joined(message)
+        self._tasks.came_back(self._fleet.joined(message))
         wanted = self._settings.min_clients or self._setup.problem.clients
         if not self._running and self._fleet.suffice(wanted):
             self._running = True
             self._evaluate_if_due(out)
 
-    def _continued(self, message: Message) -> None:
+    def _continued(self, message: Message, out: list[AggregatorAction]) -> None:
         """Handle the resumption of the run: wait for its nodes, and apply an extended goal."""
-        self._fleet.all_gone()
+        self._tasks.went_away(self._fleet.all_gone())
         self._running, self._asked_final = False, None
+        self._spent.stopped_s += message.body.get("stopped_s", 0.0)
         if not message.body["further"]:
             return
         self._goal, self._failed, self._error = Goal.of_continued(message.body), False, None
         self._finishing = self._goal.after(self.version)
+        if self._goal.max_wall_s is not None:
+            self._set_wall_timer(0.0, out)
         self._progress.start_over()
         self._progress.allow(self._goal.failures)
         if self._ended:  # tasks and evaluations from before the end get no answer
@@ -165,13 +172,14 @@ class Aggregator(AggregatorState):
         elif self._committing is not None and token == self._committing.token:
             commit, self._committing = self._committing, None
             self._committed(commit.result(), out)
+        elif token == self._wall_timer:
+            self._wall_time(out)
         elif token == _FINAL and self._finishing:
             if len(self._evaluations.asked) == self._asked_final:
                 self._end(out)
             self._asked_final = None  # an answer came: wait again
         elif token == _RETRY:
-            self._progress.timer_is_over(self._fleet.hosts)
-            self._tasks.freed()
+            self._progress.timer_is_over(self._fleet)
 
     def _refused(self, message: Message) -> None:
         """Handle the rejection of one of our messages: not usable, or not deliverable."""
@@ -192,26 +200,28 @@ class Aggregator(AggregatorState):
             accuracy = None if why or not isinstance(metrics, dict) else accuracy_of(metrics)
         of_model = name not in self._evaluations.client_evaluations
         self._evaluated_as(name, accuracy)
-        if self._progress.rules and of_model and self._goal.target_accuracy is not None:
+        if self._progress.rules and of_model and (key := self._goal.needs_accuracy):
             found = metrics_without_accuracy(message) if why is None else None
             if found is not None:
-                self._fail(f"run.target_accuracy: expected accuracy among the metrics, got {found}")
+                self._fail(f"{key}: expected accuracy among the metrics, got {found}")
             failed = str(message.body.get("reason")) if message.kind == "failed" else ""
             failed = why.reason if why is not None else failed
-            if hopeless := self._progress.evaluated(failed):
+            if hopeless := self._progress.evaluated(failed, key):
                 self._fail(hopeless)
         return why
 
     def _evaluated_as(self, name: str, accuracy: float | None) -> None:
         """Record the end of an evaluation, which can end the run."""
         known = self._evaluations.end(name, accuracy)
+        if known is not None:
+            self._spent.evaluated(known)
         self._finishing = self._finishing or self._goal.met_by(known)
 
     # ---- versions
 
     def _advance(self, out: list[AggregatorAction]) -> None:
         """Commit versions and start tasks until neither is possible."""
-        while self._running and not self._finishing:
+        while self._running and not self._reaches_limit():
             if self._committing is not None or self._deferred.awaited:
                 return
             for delivery in self._deferred.take():
@@ -241,7 +251,7 @@ class Aggregator(AggregatorState):
         clients = self._tasks.draw(wanted, current)
         # A round with clients at work continues without the clients that failed.
         if len(clients) < wanted and not (self._schedule.ordered and (clients or view.outstanding)):
-            after = self._progress.timer(self._fleet.hosts)
+            after = self._progress.timer(self._fleet)
             if after is not None:
                 self._post(out, "timer", TIMER, {"token": _RETRY, "after_s": after})
         deadline = self._schedule.deadline()
@@ -252,7 +262,7 @@ class Aggregator(AggregatorState):
             packed = self._tasks.pack(current, client)
             about = {"client": client, "model_version": self.version, "reply": current.reply}
             body = {**packed.body, **about}
-            name = self._post(out, "task", f"client/{client}", body, packed)
+            name = self._request(out, "task", f"client/{client}", body, packed)
             self._tasks.sent(name, client, self.version)
             current.sent(name)
 
@@ -272,7 +282,6 @@ class Aggregator(AggregatorState):
         cohort = self._schedule.cohort(self._setup.problem.clients)
         self._results.begin_version(state, closed.version + 1)
         self._progress.version = self.version
-        self._tasks.begin_version()
         body = {
             "version": self.version,
             "position": self._position,
@@ -281,7 +290,7 @@ class Aggregator(AggregatorState):
             "model_digest": model_digest(self.tensors()),
             **msgspec.structs.asdict(self._results.counts),
         }
-        if self._now - self._checkpoint_at >= self._settings.checkpoint_s:
+        if self._is_checkpoint_due():
             self._checkpoint("version", body, out)
         else:
             self._post(out, "version", RECORD, body)
@@ -294,7 +303,7 @@ class Aggregator(AggregatorState):
 
     def _checkpoint(self, kind: str, body: Mapping[str, Any], out: list[AggregatorAction]) -> None:
         """Post a record from which a later session can start, and acknowledge what it includes."""
-        self._checkpoint_at = self._now
+        self._checkpoint_at, self._since_checkpoint = self._now, 0
         unsettled = self._deferred.leave_unsettled()
         packed = pack_checkpoint(self._algorithm, self.state, self._fold())
         self._post(out, kind, CHECKPOINT, {**packed.body, **body}, packed)
@@ -310,7 +319,7 @@ class Aggregator(AggregatorState):
             self._results.begin_version(state, fold.version)
         self._position = fold.position
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts
-        self._fleet.resume(fold.hosts, fold.evaluators)
+        self._fleet.resume(fold.ranges(), fold.evaluators, fold.unavailable)
         self._fleet.expects_evaluator = fold.expects_evaluator is True
         self._tasks.resume(fold.outstanding)
         self._evaluations = Evaluations(set(fold.evaluating), fold.client_evaluations, fold.scores)
@@ -320,7 +329,8 @@ class Aggregator(AggregatorState):
         self._asked_final = fold.asked_final or None
         self._now = self._checkpoint_at = fold.at
         self._progress.resume(fold.failures, fold.rules, self.version, self._now)
-        self._goal = fold.goal or self._goal
+        self._goal, self._spent = fold.goal or self._goal, fold.spent
+        self._wall_timer = fold.wall_timer
         self._progress.allow(self._goal.failures)
         if self._ended:
             self._report_end(out)
@@ -336,9 +346,9 @@ class Aggregator(AggregatorState):
 
     def _evaluate(self, out: list[AggregatorAction]) -> None:
         self._evaluated = self.version
-        hosts = self._fleet.hosts
-        for to, body, packed, of in requests(self._algorithm, self.state, self.version, hosts):
-            self._evaluations.ask(self._post(out, "evaluate", to, body, packed), of)
+        clients = self._fleet.reachable.all().tolist()
+        for to, body, packed, of in requests(self._algorithm, self.state, self.version, clients):
+            self._evaluations.ask(self._request(out, "evaluate", to, body, packed), of)
 
     def _fail(self, why: str) -> None:
         """End the run as failed, unless it is ending already."""

@@ -56,7 +56,8 @@ class Evaluations:
 
     def awaited(self, fleet: Fleet) -> bool:
         """Return whether a connected node can still answer an evaluation."""
-        with_clients = any(each.client in fleet.hosts for each in self.client_evaluations.values())
+        asked = self.client_evaluations.values()
+        with_clients = any(each.client in fleet.reachable for each in asked)
         return with_clients or bool(
             fleet.evaluators and self.asked - self.client_evaluations.keys()
         )
@@ -68,7 +69,8 @@ class Evaluations:
         of_client = self.client_evaluations.pop(name, None)
         if of_client is not None:
             version = of_client.version
-            known = [*self.scores.pop(version, ()), *known]
+            known = self.scores.pop(version, [])
+            known += [] if accuracy is None else [accuracy]
             if any(each.version == version for each in self.client_evaluations.values()):
                 self.scores[version] = known
                 return None
@@ -90,14 +92,14 @@ def requests(
 ) -> Iterator[tuple[str, dict[str, Any], Packed, ClientEvaluation | None]]:
     """Yield the evaluation requests of a version: addressee, body, tensors, client.
 
-    The client is None for the evaluator. ``clients``: the reachable ones.
+    The client is None for the evaluator. ``clients``: the reachable ones, in order.
     """
     who = f"{type(algorithm).__name__}.evaluation_task"
     if algorithm.evaluated_by == "model":
         packed = pack(algorithm.evaluation_task(state), RAW, 0, who)
         yield EVALUATOR, {**packed.body, "model_version": version}, packed, None
         return
-    for client in sorted(clients):
+    for client in clients:
         packed = pack(algorithm.evaluation_task(state, client), RAW, 0, who)
         body = {**packed.body, "client": client, "model_version": version}
         yield f"client/{client}", body, packed, ClientEvaluation(client, version)

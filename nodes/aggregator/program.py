@@ -29,10 +29,11 @@ from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.aggregator.driver import AggregatorDriver
+from fedmq.nodes.aggregator.fleet import Ranges
 from fedmq.nodes.errors import ConfigError, RunFailed, own_code
 from fedmq.nodes.messages.actions import AggregatorAction, Commit, Handled, Start
 from fedmq.nodes.process.logs import Repeats
-from fedmq.nodes.process.terminal import clients_in_words
+from fedmq.nodes.process.terminal import ranges_in_words
 from fedmq.nodes.run.agreement import Fingerprint, disagree
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.config_difference import differing_keys
@@ -223,15 +224,15 @@ class _WaitLog:
 
     def __init__(self, log: FilteringBoundLogger) -> None:
         self._log = log
-        self._logged: list[int] = []
+        self._logged: Ranges = []
         self._logged_at = -math.inf
 
-    def update(self, missing: list[int]) -> None:
+    def update(self, missing: Ranges) -> None:
         """Log the missing clients if it is time."""
         now = time.monotonic()
         if missing and (missing != self._logged or now >= self._logged_at + _REPEAT_S):
             self._logged_at = now
-            self._log.warning(f"waiting for {clients_in_words(missing)}")
+            self._log.warning(f"waiting for {ranges_in_words(missing)}")
         self._logged = missing
 
 

@@ -9,21 +9,26 @@ is available, a timer ends the back-off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 
 from msgspec import Struct
 
 from fedmq.broker.rejections import Code
+from fedmq.nodes.aggregator.fleet import Fleet
 from fedmq.nodes.process.exception_text import clip_text
 from fedmq.nodes.run.setup import Setup
 
-RULES = 2
+RULES = 3
 """Version of the rules for failures and answers, as in a run's record; 0 in older releases.
 
 Since 1, failures in a row are counted. Since 2, metrics and results are checked for their size.
+Since 3, a checkpoint has the clients of nodes as ranges, and very large ones are less frequent.
 """
 CHECKS_SIZES = 2
 """The first rules by which the sizes of metrics and results are checked."""
+COMPACT_CHECKPOINTS = 3
+"""The first rules by which the size of checkpoints does not depend on the number of clients."""
 
 _FEWEST, _MOST = 6, 100
 _TIMES_EACH = 3
@@ -155,50 +160,58 @@ class Progress:
             f"of {failures.last}"
         )
 
-    def evaluated(self, failed: str) -> str:
-        """Record the end of an evaluation of the model; ``failed``: why it failed, or "".
+    def evaluated(self, failed: str, key: str) -> str:
+        """Record the end of an evaluation of the model.
+
+        Args:
+            failed: why it failed, or "".
+            key: of the goal that needs it, such as ``run.target_accuracy``.
 
         Returns:
-            The reason if too many evaluations failed for a run with a target accuracy, else "".
+            The reason if too many evaluations failed, else "".
         """
         self.failures.evaluations = self.failures.evaluations + 1 if failed else 0
         if not self.rules or self.failures.evaluations < self.allowed:
             return ""
         return (
             f"{self.failures.evaluations} evaluations in a row failed (run.failures), and "
-            f"run.target_accuracy needs them; the last: {clip_text(failed)}"
+            f"{key} needs them; the last: {clip_text(failed)}"
         )
 
-    def waiting(self, hosts: Mapping[int, str]) -> set[int]:
-        """Return the reachable clients that are skipped now."""
+    def skipped(self, fleet: Fleet) -> tuple[list[int], list[str]]:
+        """Return the clients, and the nodes with all their clients, that are skipped now.
+
+        Each of them is reachable, or has a reachable client.
+        """
         failures = self.failures
         if not failures.clients and not failures.nodes:
-            return set()  # the usual case, without work
-        found = {k for k, each in failures.clients.items() if self._waits(each) and k in hosts}
-        nodes = {name for name, each in failures.nodes.items() if self._waits(each)}
-        return found | {k for k, host in hosts.items() if host in nodes} if nodes else found
+            return [], []  # the usual case, without work
+        clients, nodes = failures.clients.items(), failures.nodes.items()
+        return (
+            [k for k, each in clients if self._waits(each) and k in fleet.reachable],
+            [name for name, each in nodes if self._waits(each) and fleet.num_reachable_of(name)],
+        )
 
-    def timer(self, hosts: Mapping[int, str]) -> float | None:
+    def timer(self, fleet: Fleet) -> float | None:
         """Return the seconds until a client is available again; None if no timer is needed."""
-        waiting = self.waiting(hosts)
-        if not waiting:
+        soonest = self._soonest(fleet)
+        if not soonest:
             return None
         if self._by_version:
-            soonest = self._soonest(waiting, hosts)
             after = _seconds(min(max(each.waits for each in causes) for causes in soonest))
         else:
-            after = max(_SHORTEST_TIMER_S, self._due(waiting, hosts) - self.now)
+            due = max(each.due for each in soonest[0])
+            after = max(_SHORTEST_TIMER_S, due - self.now)
         if self.failures.wake and self.failures.wake <= self.now + after:
             return None
         self.failures.wake = self.now + after
         return after
 
-    def timer_is_over(self, hosts: Mapping[int, str]) -> None:
+    def timer_is_over(self, fleet: Fleet) -> None:
         """End the back-off of the clients that are due first."""
         self.failures.wake = 0.0
-        waiting = self.waiting(hosts)
-        if self._by_version and waiting:
-            for causes in self._soonest(waiting, hosts):
+        if self._by_version:
+            for causes in self._soonest(fleet):
                 for each in causes:
                     each.due = self._clock
 
@@ -228,20 +241,26 @@ class Progress:
         else:
             one.due = self.now + min(_seconds(one.waits), longest_s)
 
-    def _of(self, client: int, hosts: Mapping[int, str]) -> list[Failing]:
-        """Return the failures, its own and its node's, because of which a client is skipped."""
-        found = (self.failures.clients.get(client), self.failures.nodes.get(hosts[client]))
-        return [each for each in found if each is not None and self._waits(each)]
+    def _soonest(self, fleet: Fleet) -> list[list[Failing]]:
+        """Return the failures because of which clients are skipped that are available first.
 
-    def _due(self, waiting: Iterable[int], hosts: Mapping[int, str]) -> float:
-        """Return the version, or time, at which the first of some clients is available again."""
-        return min(max(each.due for each in self._of(k, hosts)) for k in waiting)
-
-    def _soonest(self, waiting: set[int], hosts: Mapping[int, str]) -> list[list[Failing]]:
-        """Return the failures of each of the clients that are available first."""
-        due = self._due(waiting, hosts)
-        every = [self._of(client, hosts) for client in waiting]
-        return [causes for causes in every if max(each.due for each in causes) <= due]
+        They are the failures of one client and its node, or those of a node for all its clients
+        without failures of their own.
+        """
+        failures = self.failures
+        clients, nodes = self.skipped(fleet)
+        every: list[list[Failing]] = []
+        own = Counter[str]()
+        for client in clients:
+            node = fleet.hosts.get(client) or ""
+            own[node] += 1
+            every.append([failures.clients[client]] + [failures.nodes[node]] * (node in nodes))
+        every += [
+            [failures.nodes[node]] for node in nodes if own[node] < fleet.num_reachable_of(node)
+        ]
+        dues = [max(each.due for each in causes) for causes in every]
+        first = min(dues, default=0.0)
+        return [causes for causes, due in zip(every, dues, strict=True) if due <= first]
 
 
 def _seconds(waits: int) -> float:

@@ -41,6 +41,7 @@ class ResultCollector:
         self.current = VersionBuffer(
             self._setup, state, version, self._max_bytes, rules=self._progress.rules
         )
+        self._tasks.begin_version(self.current)
 
     def take(self, delivery: Delivery, out: list[AggregatorAction]) -> None:
         """Handle a result or a failed task; a held result is handled later."""
@@ -49,7 +50,8 @@ class ResultCollector:
         if isinstance(task, Rejection):
             self.counts.refused += 1
             out.append(Handled.of(delivery.seq, task))
-        elif message.kind == "failed":
+            return
+        if message.kind == "failed":
             self.counts.dropped += 1
             why = (str(message.body.get(key, "")) for key in ("code", "reason", "where"))
             self._progress.failed(task.client, message.sender, *why)
@@ -60,16 +62,15 @@ class ResultCollector:
                 self.add_in_order(out)
                 return
             self._count(added, out)
-        self._tasks.freed()  # its client has no held result, so it can be drawn again
+        self._tasks.freed(task.client)  # it has no held result
 
     def add_in_order(self, out: list[AggregatorAction], *, everything: bool = False) -> None:
         """Add held results in cohort order, up to the first outstanding task, or all of them."""
         tasks = self._tasks
-        is_expected = (lambda _: False) if everything else tasks.is_expected
-        for added in self.current.add_held(tasks.in_flight, is_expected):
+        for added in self.current.add_held(None if everything else tasks.is_expected):
             self._count(added, out)
             if added.outcome is Outcome.REJECTED:
-                tasks.freed()
+                tasks.freed(added.client)
 
     def undelivered(self, name: str, message: Message) -> None:
         """Record that a task was not delivered, or was rejected, according to a message."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,17 +11,27 @@ from msgspec import UNSET
 from torch import Tensor
 
 from fedmq.algorithms.base import OpaqueState
+from fedmq.broker.rejections import Rejection
+from fedmq.broker.wire.addresses import TIMER
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.evaluations import Evaluations
 from fedmq.nodes.aggregator.fleet import Fleet
-from fedmq.nodes.aggregator.progress import Progress
+from fedmq.nodes.aggregator.progress import COMPACT_CHECKPOINTS, Progress
 from fedmq.nodes.aggregator.results import ResultCollector
 from fedmq.nodes.aggregator.tasks import MessageFactory, Tasks
 from fedmq.nodes.aggregator.version import DeferredResults
-from fedmq.nodes.messages.actions import Commit
-from fedmq.nodes.run.goal import Goal
+from fedmq.nodes.messages.actions import ANSWERS, AggregatorAction, Commit
+from fedmq.nodes.messages.payloads import Packed
+from fedmq.nodes.run.goal import Goal, Spent
 from fedmq.nodes.run.setup import Setup
+
+_LEAST_TIMER_S = 1e-3
+"""A shorter rest of ``run.max_wall_s`` counts as over: times since 1970 are rounded."""
+
+_TASK_BYTES, _BYTES_PER_MESSAGE = 60, 600
+"""Bytes of a task in a checkpoint, about, and most bytes of a checkpoint for each message."""
 
 
 class AggregatorState:
@@ -39,10 +49,11 @@ class AggregatorState:
         self._computed = computed or Computed()
         self._settings = setup.config.run
         self._goal = Goal.of(self._settings)
+        self._spent, self._wall_timer = Spent(), ""
         self._messages = MessageFactory(run, node)
         self._post = self._messages.post
         self._algorithm, self._schedule = setup.algorithm, setup.schedule
-        self._fleet = Fleet()
+        self._fleet = Fleet(setup.problem.clients)
         self._progress = Progress(setup, self._computed.rules)
         self._tasks = Tasks(setup, self._fleet, self._progress)
         state = self._algorithm.start(setup.problem)
@@ -60,6 +71,7 @@ class AggregatorState:
         self._position = self._continues_at = -1
         self._now = 0.0
         self._checkpoint_at = -math.inf
+        self._since_checkpoint = 0
 
     @property
     def state(self) -> OpaqueState:
@@ -93,7 +105,8 @@ class AggregatorState:
             "staleness": current.staleness,
             "held": sorted(current.held),
             "tasks": self._tasks.in_flight,
-            "hosts": self._fleet.hosts,
+            "nodes": self._fleet.hosts.by_node(),
+            "unavailable": self._fleet.unavailable(),
             "evaluating": sorted(self._evaluations.asked),
             "examinations": self._evaluations.client_evaluations,
             "scores": self._evaluations.scores,
@@ -104,19 +117,19 @@ class AggregatorState:
             "next_id": self._messages.next_id,
         }
 
-    def missing_clients(self) -> list[int]:
-        """Return the unreachable clients that the run waits for.
+    def missing_clients(self) -> list[tuple[int, int]]:
+        """Return the unreachable clients that the run waits for, as ranges with both ends.
 
         Before the first task these are all clients that have not joined. Later they are all
         unreachable clients, if no result can come from the reachable ones.
         """
-        hosts, clients = self._fleet.hosts, self._setup.problem.clients
         if self._ended or self._finishing or self._committing is not None:
             return []
-        busy = any(each.client in hosts for each in self._tasks.in_flight.values())
-        if self._running and (busy or self._progress.waiting(hosts)):
+        if not self._running:
+            return self._fleet.hosts.gaps(self._setup.problem.clients)
+        if self._tasks.num_in_flight or any(self._progress.skipped(self._fleet)):
             return []
-        return [client for client in range(clients) if client not in hosts]
+        return self._fleet.reachable.missing()
 
     def validate_state(self) -> None:
         """Check the state between two events; tests and simulations do after each event.
@@ -127,13 +140,79 @@ class AggregatorState:
         for fault in self._faults():
             raise AssertionError(fault)
 
+    def _note_received(self, message: Message) -> None:
+        """Count a message of the inbox for the limits of the run."""
+        self._since_checkpoint += 1
+        if self._spent.started_at is None:
+            self._spent.started_at = self._now
+        if message.kind in ANSWERS:
+            self._spent.payload_bytes += sum([blob.size for blob in message.blobs])
+
+    def _request(
+        self,
+        out: list[AggregatorAction],
+        kind: str,
+        to: str,
+        body: Mapping[str, Any],
+        packed: Packed,
+    ) -> str:
+        """Post a task or an evaluation, and count its bytes; return its id."""
+        self._spent.payload_bytes += sum([blob.size for blob in packed.blobs])
+        return self._post(out, kind, to, body, packed)
+
+    def _availability(self, message: Message) -> Rejection | None:
+        """Apply a worker's message on which of its clients are available."""
+        found = self._fleet.availability(message)
+        if isinstance(found, Rejection):
+            return found
+        back, away = found  # one that came back and went away again is away
+        self._tasks.came_back(self._fleet.came_back(back))
+        self._tasks.went_away(self._fleet.went_away(away))
+        return None
+
+    def _is_checkpoint_due(self) -> bool:
+        """Return whether the next version's record is a checkpoint.
+
+        A checkpoint has all tasks in flight. So that thousands of them are not written again for
+        every few results, it costs at most a constant for each message since the last one.
+        """
+        if self._now - self._checkpoint_at < self._settings.checkpoint_s:
+            return False
+        if self._progress.rules < COMPACT_CHECKPOINTS:
+            return True
+        size = _TASK_BYTES * len(self._tasks.in_flight)
+        size += self._setup.problem.clients // 8 if self._fleet.has_unavailable else 0
+        return self._since_checkpoint * _BYTES_PER_MESSAGE >= size
+
+    def _reaches_limit(self) -> bool:
+        """Return whether the run ends, or ends now because it has reached a limit."""
+        self._finishing = self._finishing or self._goal.limit_reached(self._spent)[1]
+        return bool(self._finishing)
+
+    def _set_wall_timer(self, after_s: float, out: list[AggregatorAction]) -> None:
+        """Set the timer of ``run.max_wall_s``: nothing else may arrive in time."""
+        self._wall_timer = f"wall/{self._position}"
+        self._post(out, "timer", TIMER, {"token": self._wall_timer, "after_s": after_s})
+
+    def _wall_time(self, out: list[AggregatorAction]) -> None:
+        """End the run if its time is over; else set the timer for the rest of it."""
+        self._wall_timer, limit = "", self._goal.max_wall_s
+        if limit is None:
+            return
+        left = limit - self._spent.wall_s(self._now)
+        if left > _LEAST_TIMER_S:
+            self._set_wall_timer(min(left, limit), out)
+            return
+        self._finishing = self._finishing or self._goal.limit_reached(self._spent, limit)[1]
+        self._running = True  # it ends even if it waits for clients to join
+
     def _faults(self) -> Iterator[str]:
         current, counts = self._results.current, self._results.counts
         yield from current.faults()
         yield from self._deferred.faults(self._position)
         yield from self._evaluations.faults(self.version)
         yield from self._progress.faults()
-        yield from self._fleet.faults(self._setup.problem.clients)
+        yield from self._fleet.faults()
         if (self._progress.version, self._progress.now) != (self.version, self._now):
             yield f"back-offs count from version {self._progress.version}, not {self.version}"
         if any(each < 0 for each in msgspec.structs.astuple(counts)):
@@ -162,13 +241,17 @@ class AggregatorState:
 
     def _fold(self) -> Fold:
         """Return the state for a checkpoint, without the algorithm's."""
+        nodes = self._fleet.hosts.by_node()
+        compact = self._progress.rules >= COMPACT_CHECKPOINTS
         return Fold(
             position=self._position,
             at=self._now,
             version=self.version,
             next_id=self._messages.next_id + 1,
             outstanding=self._tasks.in_flight,
-            hosts=self._fleet.hosts,
+            hosts={} if compact else _host_of_each(nodes),
+            nodes=nodes if compact else {},
+            unavailable=self._fleet.unavailable(),
             evaluators=sorted(self._fleet.evaluators),
             evaluating=sorted(self._evaluations.asked),
             evaluated=self._evaluated,
@@ -183,7 +266,19 @@ class AggregatorState:
             failures=self._progress.failures,
             failed=self._failed,
             goal=self._goal,
+            spent=self._spent,
+            wall_timer=self._wall_timer,
             expects_evaluator=self._fleet.expects_evaluator or UNSET,
             rules=self._progress.rules,
             asked_final=UNSET if self._asked_final is None else self._asked_final,
         )
+
+
+def _host_of_each(nodes: Mapping[str, Sequence[tuple[int, int]]]) -> dict[int, str]:
+    """Return the node of each client, from the ranges of each node."""
+    return {
+        client: node
+        for node, ranges in nodes.items()
+        for low, high in ranges
+        for client in range(low, high + 1)
+    }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedmq.algorithms.rng import derive_seed
 from fedmq.algorithms.schedules import ScheduleView
@@ -15,7 +15,7 @@ from fedmq.broker.link.events import PostMessage
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.checkpoint import OutstandingTask
-from fedmq.nodes.aggregator.fleet import Fleet
+from fedmq.nodes.aggregator.fleet import Clients, ClientSet, Fleet, as_list, numbers_in
 from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.version import VersionBuffer
 from fedmq.nodes.messages.actions import AggregatorAction
@@ -25,7 +25,10 @@ from fedmq.nodes.run.setup import Setup
 
 
 class Tasks:
-    """Outstanding tasks, and which of them a reachable client works on.
+    """Outstanding tasks, which of them a reachable client works on, and the idle clients.
+
+    All of it is kept up to date, event by event: a run can have a million clients, and a version
+    can wait for thousands of tasks.
 
     Args:
         setup: objects of the run.
@@ -34,42 +37,76 @@ class Tasks:
 
     Attributes:
         in_flight: outstanding tasks by the id of their message.
+        num_in_flight: number of those of reachable clients.
     """
 
     def __init__(self, setup: Setup, fleet: Fleet, progress: Progress) -> None:
         self._setup, self._fleet, self._progress = setup, fleet, progress
         self.in_flight: dict[str, OutstandingTask] = {}
+        self._of_client: dict[int, str] = {}
+        """Id of the outstanding task of each client that has one."""
         self._same_for_all: Packed | None = None
-        # Counted once for each change of the fleet, then updated: a version can wait for
-        # thousands of tasks, and each result needs the number of those left.
-        self._changes = -1
-        self._in_flight = 0
+        self._current: VersionBuffer | None = None
+        self._contributed: set[int] = set()
+        """The current version's clients with a held or used result, in a synchronous round."""
+        # Of tasks of reachable clients:
+        self.num_in_flight = 0
         self._outstanding: Counter[int] = Counter()
         self._of_version: Counter[int] = Counter()
+        self._num_back = 0
+        """Number of tasks in `_returned` of earlier versions."""
         self._returned: set[str] = set()
         """Tasks of clients that came back since the version began."""
-        self._nobody_idle = False
-        """Whether the last draw took all idle clients, and none has become idle since."""
-        self._reachable = np.empty(0, np.int64)
+        self._idle = fleet.reachable.copy()
+        """Reachable clients that have neither a task nor contributed; some may be skipped."""
 
     def resume(self, in_flight: dict[str, OutstandingTask]) -> None:
-        """Restore the outstanding tasks of a checkpoint."""
+        """Restore the outstanding tasks of a checkpoint; call it after `Fleet.resume`."""
         self.in_flight = in_flight
-        self._changes = -1
-        self.begin_version()
-
-    def begin_version(self) -> None:
-        """Make new tasks from now on."""
-        self._same_for_all = None
-        self._nobody_idle = False
+        self._of_client = {task.client: name for name, task in in_flight.items()}
         self._returned.clear()
+        self._same_for_all, self._num_back = None, 0
+        self.num_in_flight, self._outstanding, self._of_version = 0, Counter(), Counter()
+        self._idle = self._fleet.reachable.copy()
+        for name, task in in_flight.items():
+            self._idle.discard(task.client)
+            self._count(name, task, 1)
+        for client in self._contributed:
+            self._idle.discard(client)
 
-    def joined(self, message: Message) -> None:
-        """Record that a node joins; call it before `Fleet.joined`."""
-        for name, task in self.in_flight.items():
-            back = task.client not in self._fleet.hosts
-            if back and any(a <= task.client <= b for a, b in message.body["clients"]):
-                self._returned.add(name)
+    def begin_version(self, current: VersionBuffer) -> None:
+        """Make new tasks from now on; the clients of the version before can be drawn again."""
+        self._same_for_all, self._num_back = None, 0
+        self._returned.clear()
+        before = self._contributed
+        self._current, self._contributed = current, current.contributed
+        for client in before:
+            self.freed(client)
+
+    def adopt(self) -> None:
+        """Make new tasks from now on, because the state of the version was replaced."""
+        self._same_for_all = None
+
+    def came_back(self, clients: Clients) -> None:
+        """Record that clients have become reachable; call it after the change of the fleet."""
+        self._idle.add_all(clients)
+        for client in _among(clients, self._contributed):
+            self._idle.discard(client)
+        for client in _among(clients, self._of_client):
+            self._idle.discard(client)
+            name = self._of_client[client]
+            task = self.in_flight[name]
+            self._returned.add(name)
+            self._count(name, task, 1)
+            if self._current is not None and task.version == self._current.version:
+                self._current.expect(name)
+
+    def went_away(self, clients: Clients) -> None:
+        """Record that clients have become unreachable; call it after the change of the fleet."""
+        self._idle.discard_all(clients)
+        for client in _among(clients, self._of_client):
+            name = self._of_client[client]
+            self._add(name, self.in_flight[name], -1)
 
     def pack(self, current: VersionBuffer, client: int) -> Packed:
         """Return a client's task as a message's body and blobs."""
@@ -83,8 +120,11 @@ class Tasks:
 
     def sent(self, name: str, client: int, version: int) -> None:
         """Record that a task was sent."""
-        task = self.in_flight[name] = OutstandingTask(client, version, self._fleet.hosts[client])
-        self._count(task, 1)
+        node = self._fleet.hosts.get(client) or ""
+        task = self.in_flight[name] = OutstandingTask(client, version, node)
+        self._of_client[client] = name
+        self._idle.discard(client)
+        self._count(name, task, 1)
 
     def answered(self, message: Message) -> OutstandingTask | Rejection:
         """Remove the task that a message answers; return it, or the rejection of the message.
@@ -97,73 +137,71 @@ class Tasks:
         if message.sender not in (task.node, self._fleet.hosts.get(task.client)):
             text = f"task {message.re!r} is not with {message.sender}"
             return Rejection(Code.WRONG_NODE, text)
-        self._returned.discard(message.re)
-        del self.in_flight[message.re]
-        self._count(task, -1)
+        self._remove(message.re, task)
         return task
 
     def discard(self, name: str) -> OutstandingTask | None:
         """Remove a task that will not be answered; return it if it was outstanding."""
-        task = self.in_flight.pop(name, None)
-        self._returned.discard(name)
+        task = self.in_flight.get(name)
         if task is not None:
-            self._count(task, -1)
-            self.freed()
+            self._remove(name, task)
+            self.freed(task.client)
         return task
 
-    def freed(self) -> None:
+    def freed(self, client: int) -> None:
         """Record that a client can be drawn again: its answer does not count for this version."""
-        self._nobody_idle = False
+        busy = client in self._of_client or client in self._contributed
+        if not busy and client in self._fleet.reachable:
+            self._idle.add(client)
 
     def past_deadline(self, version: int) -> None:
         """Stop waiting for the tasks of a version."""
-        for task in self.in_flight.values():
-            task.past_deadline |= task.version == version
-        self._changes = -1
+        for name, task in self.in_flight.items():
+            if task.version == version and not task.past_deadline:
+                self._count(name, task, -1)
+                task.past_deadline = True
+                self._count(name, task, 1)
 
     def is_expected(self, name: str) -> bool:
         """Return whether a task is outstanding with a reachable client."""
         task = self.in_flight.get(name)
-        return task is not None and task.client in self._fleet.hosts
+        return task is not None and task.client in self._fleet.reachable
 
     def view(self, current: VersionBuffer) -> ScheduleView:
         """Return a schedule's view of a version."""
-        self._recount()
         version = current.version
         outstanding = self._outstanding[version]
         ordered = self._setup.schedule.ordered  # other schedules do not use the number of idle
         return current.view(
-            self._in_flight,
+            self.num_in_flight,
             outstanding,
-            behind=self._in_flight - self._of_version[version] - self._back(version),
-            idle=len(self._idle(current)) if ordered and not outstanding else 0,
+            behind=self.num_in_flight - self._of_version[version] - self._num_back,
+            idle=self._num_idle() if ordered and not outstanding else 0,
         )
-
-    def _back(self, version: int) -> int:
-        """Return the number of tasks of earlier versions whose clients came back."""
-        found = (self.in_flight[name] for name in self._returned)
-        return sum(e.version != version and e.client in self._fleet.hosts for e in found)
 
     def draw(self, count: int, current: VersionBuffer) -> list[int]:
         """Draw ``count`` idle clients, or all if there are fewer; return them in order."""
         if not count:
             return []
-        self._recount()
-        idle = self._idle(current)
-        self._nobody_idle = len(idle) <= count
-        return current.draw(idle, count)
+        with self._without_skipped() as idle:
+            return current.draw(idle, count)
 
-    def _idle(self, current: VersionBuffer) -> npt.NDArray[np.int64]:
-        """Return the idle clients, in order.
+    def _num_idle(self) -> int:
+        """Return the number of clients that can be drawn."""
+        with self._without_skipped() as idle:
+            return len(idle)
 
-        They are reachable, have neither a task nor a held result, and are not skipped.
-        """
-        if self._nobody_idle:
-            return self._reachable[:0]
-        busy = {task.client for task in self.in_flight.values()} | current.contributed
-        busy |= self._progress.waiting(self._fleet.hosts)
-        out = np.array([client for client in busy if client in self._fleet.hosts], np.int64)
-        return np.delete(self._reachable, np.searchsorted(self._reachable, out))
+    @contextlib.contextmanager
+    def _without_skipped(self) -> Iterator[ClientSet]:
+        """Yield the idle clients without those that are skipped after failures."""
+        clients, nodes = self._progress.skipped(self._fleet)
+        ranges = [(client, client) for client in clients]
+        for node in nodes:
+            ranges += self._fleet.hosts.ranges_of(node)
+        skipped = self._idle.discard_all(numbers_in(ranges)) if ranges else None
+        yield self._idle
+        if skipped is not None:
+            self._idle.add_all(skipped)
 
     def faults(self, current: VersionBuffer) -> Iterator[str]:
         """Yield what contradicts itself, for `AggregatorState.validate_state`."""
@@ -173,7 +211,7 @@ class Tasks:
                 yield f"client {client} has {number} tasks in flight"
             if client in current.contributed:
                 yield f"client {client} has a task in flight, and a result in this round"
-        names, settled = set(current.order), set(current.order[: current.settled])
+        names = set(current.order)
         for name, task in self.in_flight.items():
             if task.version > current.version:
                 yield f"task {name} is of version {task.version}, after the current one"
@@ -183,32 +221,49 @@ class Tasks:
                     f"task {name} was made from version {task.version}; "
                     f"the cohort of version {current.version} {has} it"
                 )
-            if name in current.held or name in settled:
+            if name in current.held:
                 yield f"task {name} is in flight, but its result was received"
         if not self._returned <= self.in_flight.keys():
             yield "clients came back to tasks that are not in flight"
-        reachable = [t for t in self.in_flight.values() if t.client in self._fleet.hosts]
-        if self._changes == self._fleet.changes and self._in_flight != len(reachable):
-            yield f"{self._in_flight} tasks are counted, {len(reachable)} are in flight"
+        reachable = [t for t in self.in_flight.values() if t.client in self._fleet.reachable]
+        if self.num_in_flight != len(reachable):
+            yield f"{self.num_in_flight} tasks are counted, {len(reachable)} are in flight"
+        back = [name for name in self._returned & self.in_flight.keys() if self.is_expected(name)]
+        if self._num_back != sum(self.in_flight[n].version != current.version for n in back):
+            yield f"{self._num_back} tasks of earlier versions are back, but there are {back}"
+        idle = set(self._fleet.reachable.all().tolist()) - clients.keys() - current.contributed
+        if idle != set(self._idle.all().tolist()):
+            yield f"clients {self._idle.all()} count as idle, but {sorted(idle)} are"
+        yield from self._idle.faults()
 
-    def _count(self, task: OutstandingTask, by: int) -> None:
-        if task.client in self._fleet.hosts:
-            self._in_flight += by
-            self._of_version[task.version] += by
-            self._outstanding[task.version] += by * (not task.past_deadline)
-            for counted in (self._of_version, self._outstanding):
-                if not counted[task.version]:
-                    del counted[task.version]  # a run can have thousands of versions
+    def _remove(self, name: str, task: OutstandingTask) -> None:
+        self._count(name, task, -1)
+        self._returned.discard(name)
+        del self.in_flight[name]
+        if self._of_client.get(task.client) == name:
+            del self._of_client[task.client]
 
-    def _recount(self) -> None:
-        """Count all tasks again if the fleet has changed."""
-        if self._changes != self._fleet.changes:
-            self._changes = self._fleet.changes
-            self._in_flight, self._outstanding, self._of_version = 0, Counter(), Counter()
-            self._nobody_idle = False
-            for task in self.in_flight.values():
-                self._count(task, 1)
-            self._reachable = np.array(sorted(self._fleet.hosts), np.int64)
+    def _count(self, name: str, task: OutstandingTask, by: int) -> None:
+        if task.client in self._fleet.reachable:
+            self._add(name, task, by)
+
+    def _add(self, name: str, task: OutstandingTask, by: int) -> None:
+        self.num_in_flight += by
+        self._of_version[task.version] += by
+        self._outstanding[task.version] += by * (not task.past_deadline)
+        for counted in (self._of_version, self._outstanding):
+            if not counted[task.version]:
+                del counted[task.version]  # a run can have thousands of versions
+        if name in self._returned and self._current and task.version != self._current.version:
+            self._num_back += by
+
+
+def _among(clients: Clients, known: Collection[int]) -> list[int]:
+    """Return those of some clients that are known; it costs as much as the smaller collection."""
+    if len(clients) <= len(known):
+        return [client for client in as_list(clients) if client in known]
+    found = np.fromiter(known, np.int64, len(known))
+    return as_list(found[np.isin(found, clients)])
 
 
 class MessageFactory:

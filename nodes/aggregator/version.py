@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
+import heapq
 import math
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 from msgspec import Struct
 
 from fedmq.algorithms.base import (
@@ -29,6 +29,7 @@ from fedmq.broker.errors import WireError
 from fedmq.broker.link.events import Delivery
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.codecs.errors import CodecError
+from fedmq.nodes.aggregator.fleet import ClientSet, as_list
 from fedmq.nodes.aggregator.progress import CHECKS_SIZES, RULES
 from fedmq.nodes.errors import rejection_of
 from fedmq.nodes.messages.payloads import fail_on_partial_reread, numbers_of, unpack
@@ -112,7 +113,6 @@ class VersionBuffer:
         reply: what a result contains: ``model`` or ``update``.
         accumulator: the algorithm's accumulator of results.
         order: ids of the tasks sent for the version, in cohort order.
-        settled: number of tasks, from the first on, whose results are all used or rejected.
         held: results that wait for earlier ones of the cohort, by the id of their task.
         draws: number of random draws of clients.
         contributed: in a synchronous round, clients whose results were received; each counts once.
@@ -142,7 +142,12 @@ class VersionBuffer:
         self.reply = self._algorithm.fixed_reply or self._schedule.reply
         self.accumulator = self._algorithm.new_accumulator(state)
         self.order: list[str] = []
-        self.draws = self.settled = 0
+        self.draws = 0
+        # Positions in the order, the first one on top. A task that cannot return a result any more
+        # stays in `_expected` until it is on top, so each result costs the logarithm of the cohort.
+        self._positions: dict[str, int] = {}
+        self._expected: list[int] = []
+        self._held_positions: list[int] = []
         self.held: dict[str, HeldResult] = {}
         self.contributed: set[int] = set()
         self.num_results = self.late = 0
@@ -156,17 +161,25 @@ class VersionBuffer:
 
     # ---- tasks
 
-    def draw(self, idle: npt.NDArray[np.int64], count: int) -> list[int]:
+    def draw(self, idle: ClientSet, count: int) -> list[int]:
         """Draw ``count`` of the idle clients, or all if there are fewer; return them in order."""
         if len(idle) <= count:
-            return [int(client) for client in idle]
+            return as_list(idle.all())
         rng = derive_rng(self._seed, "cohort", self.version, self.draws)
         self.draws += 1
-        return sorted(int(client) for client in rng.choice(idle, count, replace=False))
+        return as_list(idle.at(np.sort(rng.choice(len(idle), count, replace=False))))
 
     def sent(self, task: str) -> None:
         """Record that a task, given by its id, was sent."""
+        if self._in_order:
+            self._positions[task] = len(self.order)
+            heapq.heappush(self._expected, len(self.order))
         self.order.append(task)
+
+    def expect(self, task: str) -> None:
+        """Record that a task of this version can return a result again."""
+        if self._in_order:
+            heapq.heappush(self._expected, self._positions[task])
 
     def pass_deadline(self) -> None:
         """Stop waiting for outstanding tasks."""
@@ -196,35 +209,38 @@ class VersionBuffer:
             why = Rejection(code, f"too stale: {staleness} versions behind")
             return AddedResult(delivery, client, Outcome.STALE, why)
         if self._in_order and not staleness:
-            self.held[delivery.message.re or ""] = HeldResult(delivery, client, weight)
+            task = delivery.message.re or ""
+            self.held[task] = HeldResult(delivery, client, weight)
+            heapq.heappush(self._held_positions, self._positions[task])
             self.contributed.add(client)
             return AddedResult(delivery, client, Outcome.HELD)
         return self._accumulate(delivery, client, staleness, weight)
 
-    def add_held(
-        self, in_flight: Container[str], is_expected: Callable[[str], bool]
-    ) -> Iterator[AddedResult]:
+    def add_held(self, is_expected: Callable[[str], bool] | None) -> Iterator[AddedResult]:
         """Add held results in cohort order, up to the first task that is expected to return one.
 
         Args:
-            in_flight: ids of the outstanding tasks.
-            is_expected: whether to wait for the result of an outstanding task.
+            is_expected: whether a task, given by its id, is expected to return a result; None to
+                wait for no task.
         """
         if not self.held:
             return
-        # The loop ends: the task of each held result is in the order.
-        while not (self.order[self.settled] in self.held or self.order[self.settled] in in_flight):
-            self.settled += 1
-        for index in range(self.settled, len(self.order)):
-            name = self.order[index]
-            if name in self.held:
-                held = self.held.pop(name)
-                added = self._accumulate(held.delivery, held.client, 0, held.weight)
-                if added.outcome is Outcome.REJECTED:
-                    self.contributed.discard(held.client)
-                yield added
-            elif is_expected(name):
-                return
+        first = math.inf if is_expected is None else self._first_expected(is_expected)
+        while self._held_positions and self._held_positions[0] < first:
+            held = self.held.pop(self.order[heapq.heappop(self._held_positions)])
+            added = self._accumulate(held.delivery, held.client, 0, held.weight)
+            if added.outcome is Outcome.REJECTED:
+                self.contributed.discard(held.client)
+            yield added
+
+    def _first_expected(self, is_expected: Callable[[str], bool]) -> float:
+        """Return the position of the first task that is expected to return a result."""
+        while self._expected:
+            task = self.order[self._expected[0]]
+            if task not in self.held and is_expected(task):
+                break
+            heapq.heappop(self._expected)
+        return self._expected[0] if self._expected else math.inf
 
     def _accumulate(
         self, delivery: Delivery, client: int, staleness: int, weight: float
@@ -282,8 +298,10 @@ class VersionBuffer:
             yield f"version {self.version} cannot have results of staleness {self.staleness}"
         if len(set(self.order)) != len(self.order):
             yield "a task is in the cohort twice"
-        if outside := self.held.keys() - self.order[self.settled :]:
-            yield f"results are held of tasks that are settled or unknown: {sorted(outside)}"
+        if self._in_order and [*self._positions] != self.order:
+            yield f"tasks {[*self._positions]} have a position in the cohort {self.order}"
+        if sorted(self._held_positions) != sorted(self._positions.get(k, -1) for k in self.held):
+            yield f"results are held of tasks that are settled or unknown: {sorted(self.held)}"
         if not self._in_order and (self.held or self.contributed):
             yield "results are held, but the schedule has no cohort order"
         if outside_clients := {each.client for each in self.held.values()} - self.contributed:

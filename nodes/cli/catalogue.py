@@ -1,4 +1,4 @@
-"""``fedmq list``: the available algorithms, codecs, problems and schedules, and their settings."""
+"""``fedmq list``: all that a configuration can name, with settings and defaults."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def lines(what: str, width: int) -> Iterator[str]:
 
 
 def catalogue(what: str) -> Iterator[tuple[str, str]]:
-    """Yield name and description of all algorithms, codecs, problems or schedules."""
+    """Yield name and description of all choices of one kind, such as ``algorithms``."""
     match what:
         case "algorithms":
             from fedmq.algorithms.registry import ALGORITHMS, ENTRY_POINTS
@@ -55,6 +55,11 @@ def catalogue(what: str) -> Iterator[tuple[str, str]]:
                 yield name, _fields(schedule)
             functions = (f"{name}{_parameters(each)}" for name, each in STALENESS.items())
             yield "staleness", ", ".join(functions)
+        case "distributions":
+            from fedmq.nodes.population.distributions import ABOUT, DISTRIBUTIONS
+
+            for name, distribution in DISTRIBUTIONS.items():
+                yield f"{name}{_parameters(distribution)}", ABOUT[name]
         case "codecs":
             from fedmq.codecs.pipeline import STAGES
             from fedmq.codecs.registry import codecs

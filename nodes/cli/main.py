@@ -36,11 +36,12 @@ from fedmq.nodes.cli.options import (
 )
 from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
+from fedmq.nodes.cli.runs import simulate, sweep
 from fedmq.nodes.cli.trace import trace
-from fedmq.nodes.cli.trust import find_own_code
 from fedmq.nodes.cluster.environment import check_surroundings
 from fedmq.nodes.errors import ConfigError, own_code
 from fedmq.nodes.keys.folder import JOIN_VARIABLE
+from fedmq.nodes.keys.trust import find_own_code
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.ending import ending_well
 from fedmq.nodes.process.signals import this_process
@@ -108,8 +109,9 @@ def cluster(
 ) -> None:
     """Train on this host: broker, aggregator, workers and evaluator as processes.
 
-    CONFIG is a TOML file; keys that it and --set leave out have their defaults. With broker.bind,
-    workers of other hosts can connect, too: --keys has the broker's key, see fedmq keys.
+    CONFIG is a TOML file, or - for standard input; keys that it and --set leave out have their
+    defaults. With broker.bind, workers of other hosts can connect, too: --keys has the broker's
+    key, see fedmq keys.
     """
     now = time.time()
     from fedmq.nodes.cluster.continuing import about, asking, continuation, show_ended
@@ -130,7 +132,7 @@ def cluster(
             resumed = continuation(asked)
             if resumed is None:
                 show_ended(asked, console)
-                sys.exit(0)
+                sys.exit(1 if asked.recorded.failed else 0)
             this_process.hint = f"resume with: {resume_with}"
             console.print(about(asked, resumed), highlight=False, soft_wrap=True, markup=False)
         with preloading():
@@ -287,12 +289,15 @@ def broker(
 
 
 @main.command("list")
-@click.argument("what", type=Word(["algorithms", "codecs", "problems", "schedules"]))
+@click.argument(
+    "what", type=Word(["algorithms", "codecs", "distributions", "problems", "schedules"])
+)
 def list_(what: str) -> None:
-    """List the available algorithms, codecs, problems or schedules.
+    """List the available algorithms, codecs, distributions, problems or schedules.
 
     Algorithms and schedules are listed with their configuration keys and defaults, problems with
-    the numbers of training + test examples and the default model.
+    the numbers of training + test examples and the default model. Distributions are for
+    [simulation] and worker.slowdown.
     """
     from fedmq.nodes.cli.catalogue import lines
 
@@ -306,4 +311,6 @@ main.add_command(keys)
 main.add_command(ledger)
 main.add_command(personalise)
 main.add_command(replay)
+main.add_command(simulate)
+main.add_command(sweep)
 main.add_command(worker)

@@ -21,16 +21,17 @@ from fedmq.nodes.cli.options import (
     LONGEST_TEXT,
     Number,
     above_zero,
+    allow_option,
     config_argument,
     exit_2_on_error,
     keys_option,
     parse_ranges,
     settings_option,
 )
-from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.keys.folder import BROKER_KEY_VARIABLE, JOIN_VARIABLE
 from fedmq.nodes.keys.joining import NO_KEY, ConnectionOptions, credentials
+from fedmq.nodes.keys.trust import allowed_here, find_own_code
 from fedmq.nodes.process import logs, streams
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.terminal import plain

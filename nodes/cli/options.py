@@ -34,6 +34,13 @@ keys_option = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of keys; default: that of FEDMQ_KEYS, or ~/.config/fedmq/keys.",
 )
+allow_option = click.option(
+    "--allow",
+    "allow",
+    metavar="MODULE",
+    multiple=True,
+    help="Allow the run's configuration to use code of this module and those below it; repeatable.",
+)
 run_id_option = click.option("--run-id", default="", help="The run, if the ledger holds several.")
 settings_option = click.option(
     "--set",

@@ -15,9 +15,15 @@ from fedmq.broker.errors import LedgerError
 from fedmq.broker.file_modes import write_private
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.wire.addresses import CHECKPOINT
-from fedmq.nodes.cli.options import exit_2_on_error, folder_argument, parse_ranges, run_id_option
-from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
+from fedmq.nodes.cli.options import (
+    allow_option,
+    exit_2_on_error,
+    folder_argument,
+    parse_ranges,
+    run_id_option,
+)
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.keys.trust import allowed_here, find_own_code
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.terminal import plain, table
 from fedmq.nodes.run_folder.strict_json import to_strict_json

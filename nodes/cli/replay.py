@@ -17,12 +17,13 @@ import click
 from fedmq.nodes.cli.options import (
     RenamedOptions,
     WholeNumber,
+    allow_option,
     exit_2_on_error,
     folder_argument,
     run_id_option,
 )
-from fedmq.nodes.cli.trust import allow_option, allowed_here, find_own_code
 from fedmq.nodes.errors import NodeError
+from fedmq.nodes.keys.trust import allowed_here, find_own_code
 from fedmq.nodes.process.signals import this_process
 from fedmq.nodes.process.terminal import fitted, plural
 

@@ -102,6 +102,7 @@ def child_main(
         _report(pipe, ReportKind.ENDING, str(error))
         sys.exit(BEYOND_HELP if isinstance(error, BrokerFailed) else 2)
     finally:
+        logs.report_suppressed()
         this_process.finish()
 
 

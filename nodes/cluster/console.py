@@ -17,11 +17,12 @@ class SupervisorConsole:
     Args:
         console: the terminal or another standard output.
         path: of the log.
+        node: name in the log's lines.
     """
 
-    def __init__(self, console: Console, path: Path) -> None:
+    def __init__(self, console: Console, path: Path, node: str = "cluster") -> None:
         self._console = console
-        self._path = path
+        self._path, self._node = path, node
         streams.go_on_without_output(self._lost)
 
     def say(self, text: str) -> None:
@@ -43,4 +44,4 @@ class SupervisorConsole:
         streams.tell(f"fedmq: {what}; going on without it")
 
     def _log(self, text: str) -> None:
-        logs.append(self._path, text, node="cluster")
+        logs.append(self._path, text, node=self._node)

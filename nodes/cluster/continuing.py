@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run.config import Config, changed, load, parse
 from fedmq.nodes.run.config_difference import Differences, differences, shown
-from fedmq.nodes.run.goal import Goal
+from fedmq.nodes.run.goal import Goal, Spent
 from fedmq.nodes.run.toml import NONE
 from fedmq.nodes.run_folder.folder import (
     Contents,
@@ -32,7 +32,12 @@ from fedmq.nodes.run_folder.folder import (
     usable_config,
 )
 from fedmq.nodes.run_folder.summary import summary_of
-from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, write_summary
+from fedmq.nodes.run_folder.summary_file import (
+    SIMULATED_IN_S,
+    SUMMARY_FILE,
+    recorded_value,
+    write_summary,
+)
 
 RUNS = Path("runs")
 """Folder of the runs' folders, if a command names none."""
@@ -40,15 +45,22 @@ RUNS = Path("runs")
 MAY_DIFFER: Mapping[str, Literal["goal", "here"]] = {
     "run.versions": "goal",
     "run.target_accuracy": "goal",
+    "run.max_bytes": "goal",
+    "run.max_wall_s": "goal",
+    "run.patience": "goal",
     "run.failures": "goal",
     "worker": "here",
     "broker": "here",
+    "simulation": "here",
 }
 """Keys and tables that may differ when a run is resumed, see docs/configuration.md.
 
 goal: decides when the run ends; may take any value that the run has not passed.
 here: describes this host; does not affect what is learned.
 """
+_SIMULATED_MAY_DIFFER = ("worker", "broker")
+"""Tables that may differ when the command of a simulated run is repeated, which shows the run."""
+_EXTEND = "To extend it, set a higher run.versions"
 _NAMED = ("problem", "algorithm", "schedule")
 _SHOWN = 12
 """Differing keys in an error, at most."""
@@ -78,7 +90,12 @@ class Asked:
 
 @contextlib.contextmanager
 def asking(
-    file: Path | None, settings: Sequence[str], folder: Path | None, now: float
+    file: Path | None,
+    settings: Sequence[str],
+    folder: Path | None,
+    now: float,
+    *,
+    simulated: bool = False,
 ) -> Iterator[Asked]:
     """Read a command's configuration, and lock the folder of its run while the body runs.
 
@@ -87,7 +104,8 @@ def asking(
             the folder, or else to the defaults.
         settings: ``key=value``.
         folder: of the run; by default named by the run's id.
-        now: time of the command, in seconds since 1970.
+        now: start of a new run, in seconds since 1970.
+        simulated: whether the command simulates the run.
 
     Raises:
         ConfigError: the configuration is invalid; or the folder contains another run or
@@ -103,6 +121,9 @@ def asking(
         if contents is None:
             yield Asked(called(given, name or drawn), folder, now, None)
             return
+        if contents.run is not None and contents.simulated != simulated:
+            kind = "simulated run" if contents.simulated else "run that was not simulated"
+            raise ConfigError(f"--run: {folder} has a {kind}: choose another folder")
         if contents.run is not None and name not in ("", contents.id):
             raise ConfigError(
                 f"run.id: expected {contents.id}, the run in {folder}, got {name}: "
@@ -161,7 +182,7 @@ def continuation(asked: Asked) -> Continuation | None:
     found = _differences(before, now)
     _check_same(asked, found)
     goal, best = Goal.of(now.run), run.best_accuracy
-    changed_goal = any(_kind(key) == "goal" for key in found)
+    changed_goal = any(kind_of_key(key) == "goal" for key in found)
     if changed_goal and goal.versions < run.version:
         raise ConfigError(
             f"run.versions: expected at least {run.version}, which run {run.run} in {asked.folder} "
@@ -174,7 +195,13 @@ def continuation(asked: Asked) -> Continuation | None:
                 f"run.target_accuracy: expected more than {best:.4f}, the best accuracy of run "
                 f"{run.run} in {asked.folder}, or {NONE}, got {goal.target_accuracy:g}"
             )
-        if met or goal.after(run.version):
+        key, reason = goal.limit_reached(_spent(run), run.wall_s)
+        if changed_goal and reason:
+            raise ConfigError(
+                f"{key}: expected more than run {run.run} in {asked.folder} has used, or {NONE}: "
+                f"{reason}"
+            )
+        if met or reason or goal.after(run.version):
             return None
     if run.arithmetic is not None:
         Computed().check(run.arithmetic, run.run)
@@ -184,6 +211,31 @@ def continuation(asked: Asked) -> Continuation | None:
     return Continuation(run.run, now.to_toml(), further=further)
 
 
+def check_simulated(asked: Asked) -> None:
+    """Check that the simulated run in a folder is the one that a command asks for, and has ended.
+
+    Raises:
+        ConfigError: a key differs that may not, see `_SIMULATED_MAY_DIFFER`; or the run was
+            interrupted.
+    """
+    from fedmq.nodes.run.setup import completed  # imports torch
+
+    run = asked.recorded
+    if run is None:
+        raise ValueError("expected a run that has started")
+    before, now = parse(run.config), asked.config
+    found = _differences(before, now, only=_NAMED) or _differences(
+        completed(before, now.allowed), completed(now)
+    )
+    _check_same(asked, found, _SIMULATED_MAY_DIFFER)
+    if run.ended is None:
+        raise ConfigError(
+            f"--run: the simulation of run {run.run} in {asked.folder} was interrupted at version "
+            f"{run.version}, and a simulation cannot be resumed: to start over, choose another "
+            f"folder, or remove {asked.folder}"
+        )
+
+
 def about(asked: Asked, resumed: Continuation) -> str:
     """Return the line on the version at which a run is resumed or extended."""
     version = 0 if asked.recorded is None else asked.recorded.version
@@ -191,8 +243,13 @@ def about(asked: Asked, resumed: Continuation) -> str:
     return f"{verb} run {resumed.run} from version {version}"
 
 
-def show_ended(asked: Asked, console: Console) -> None:
+def show_ended(asked: Asked, console: Console, hint: str = _EXTEND) -> None:
     """Print the closing table of a run that has ended.
+
+    Args:
+        asked: the run.
+        console: where to print.
+        hint: how to go on.
 
     Raises:
         LedgerError: the ledger is damaged.
@@ -202,14 +259,24 @@ def show_ended(asked: Asked, console: Console) -> None:
     summary = summary_of(asked.recorded)
     if not (asked.folder / SUMMARY_FILE).exists():  # its supervisor was killed first
         summary = write_summary(asked.folder, asked.begun)
+    if asked.contents is not None and asked.contents.simulated:
+        summary |= {SIMULATED_IN_S: recorded_value(asked.folder, SIMULATED_IN_S)}
     console.print(closing_table(summary), soft_wrap=True)
     console.print(
-        f"run {summary['run']} has ended; nothing was started. To extend it, set a higher "
-        "run.versions",
+        f"run {summary['run']} has ended; nothing was started. {hint}",
         highlight=False,
         soft_wrap=True,
         markup=False,
     )
+
+
+def _spent(run: RunHistory) -> Spent:
+    """Return what a run has used of its limits."""
+    spent = Spent(payload_bytes=run.payload_up + run.payload_down)
+    for point in run.curve:
+        if point.accuracy is not None and not point.is_partial:
+            spent.evaluated(point.accuracy)
+    return spent
 
 
 def _check_code(asked: Asked) -> None:
@@ -223,9 +290,13 @@ def _check_code(asked: Asked) -> None:
         )
 
 
-def _check_same(asked: Asked, found: Differences) -> None:
+def _check_same(asked: Asked, found: Differences, may_differ: Collection[str] = MAY_DIFFER) -> None:
     """Raise ConfigError if a key differs that may not."""
-    wrong = {key: each for key, each in found.items() if _kind(key) is None}
+    wrong = {
+        key: each
+        for key, each in found.items()
+        if key not in may_differ and key.partition(".")[0] not in may_differ
+    }
     if not wrong or asked.recorded is None:
         return
     named = [f"{key} expected {shown(old)}, got {shown(new)}" for key, (old, new) in wrong.items()]
@@ -252,6 +323,6 @@ def _differences(before: Config, now: Config, *, only: Sequence[str] = ()) -> Di
     }
 
 
-def _kind(key: str) -> str | None:
+def kind_of_key(key: str) -> str | None:
     """Return the entry of a key in `MAY_DIFFER`, or None."""
     return MAY_DIFFER.get(key) or MAY_DIFFER.get(key.partition(".")[0])

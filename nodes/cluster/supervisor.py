@@ -41,6 +41,7 @@ from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.process.signals import ENOUGH, INTERRUPTED, Stopped, blocked, this_process
 from fedmq.nodes.process.terminal import plain
 from fedmq.nodes.run.config import Config
+from fedmq.nodes.run.toml import STDIN
 from fedmq.nodes.run_folder.folder import SUPERVISOR_LOG, write_config
 from fedmq.nodes.run_folder.summary import summary_of
 from fedmq.nodes.run_folder.summary_file import remove_summary, save_summary
@@ -380,5 +381,5 @@ class Cluster:
 
 def resume_command(folder: Path, config: Path | None = None, options: Sequence[str] = ()) -> str:
     """Return the command that resumes a stopped run."""
-    given = [str(config)] if config is not None else []
+    given = [str(config)] if config not in (None, STDIN) else []
     return shlex.join(["fedmq", "cluster", "--run", str(folder), *options, *given])

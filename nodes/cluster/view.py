@@ -20,7 +20,14 @@ from fedmq.nodes.history.facts import SentTask
 from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, LastFailure
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.history.tracker import NodeState
-from fedmq.nodes.process.terminal import clients_in_words, fitted, plain, plural
+from fedmq.nodes.process.terminal import (
+    clients_in_words,
+    duration,
+    fitted,
+    plain,
+    plural,
+    size_text,
+)
 from fedmq.nodes.run.config import parse
 
 _PLAIN_EVERY_S = 5.0
@@ -51,6 +58,9 @@ class LiveView:
         title: one line on the run.
         report: gets the sentence on an error in the view.
     """
+
+    evaluation_every_s = 0.0
+    """Least time between plain lines that show new evaluations, in seconds."""
 
     def __init__(self, console: Console, title: str, report: Callable[[str], None]) -> None:
         self._console = console
@@ -88,24 +98,33 @@ class LiveView:
         try:
             if self._live:
                 if now - self._drawn_at >= _LIVE_EVERY_S:
-                    self._live.update(render(history, self._bars(), waits=waits), refresh=True)
+                    self._live.update(self.render(history, waits=waits), refresh=True)
                     self._drawn_at = now
             elif self._lines:
                 self._show_line(history, now, waits=waits)
         except Exception as error:  # noqa: BLE001 - no error in the view ends a run
             self._simplify(error)
 
+    def render(self, history: RunHistory, *, waits: bool) -> RenderableType:
+        """Return the live view; ``waits``: the ledger has not grown for a while."""
+        return render(history, self.bars, waits=waits)
+
+    def line(self, history: RunHistory, *, waits: bool) -> str:
+        """Return a plain line."""
+        return line(history, waits=waits)
+
+    @property
+    def bars(self) -> str:
+        """Return the characters for accuracies from low to high."""
+        return _BARS if self._console.encoding.startswith("utf") else _ASCII_BARS
+
     def _show_line(self, history: RunHistory, now: float, *, waits: bool) -> None:
         since, state = now - self._shown_at, (history.now, waits)
         due = since >= (_PLAIN_EVERY_S if state != self._shown else _SAME_EVERY_S)
-        if due or len(history.curve) > self._points:
+        if due or (len(history.curve) > self._points and since >= self.evaluation_every_s):
             self._points, self._shown_at, self._shown = len(history.curve), now, state
-            self._console.print(
-                line(history, waits=waits), highlight=False, soft_wrap=True, markup=False
-            )
-
-    def _bars(self) -> str:
-        return _BARS if self._console.encoding.startswith("utf") else _ASCII_BARS
+            text = self.line(history, waits=waits)
+            self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _simplify(self, error: Exception) -> None:
         """Replace the live view by plain lines, and plain lines by nothing."""
@@ -132,8 +151,9 @@ def render(history: RunHistory, bars: str = _BARS, *, waits: bool = False) -> Re
         waits: whether the ledger has not grown for a while.
     """
     head = Table.grid(padding=(0, 2))
-    head.add_row(*(Text(name, style="dim") for name in _figures(history)))
-    head.add_row(*(Text(value, style="bold") for value in _figures(history).values()))
+    known = figures(history)
+    head.add_row(*(Text(name, style="dim") for name in known))
+    head.add_row(*(Text(value, style="bold") for value in known.values()))
     nodes = Table(box=None, padding=(0, 3, 0, 0), header_style="dim")
     for column in ("node", "state", "done", "failed"):
         nodes.add_column(column, justify="right" if column in ("done", "failed") else "left")
@@ -142,15 +162,19 @@ def render(history: RunHistory, bars: str = _BARS, *, waits: bool = False) -> Re
         nodes.add_row(
             name, _state(node, at_work.get(name, [])), str(node.tasks or ""), str(node.drops or "")
         )
-    found = _warnings(history, waits=waits)
-    warnings = [Text(f"{name} {value}", style="red") for name, value in found.items()]
-    return Group(head, *warnings, Text(_sparkline(history, bars), style="green"), nodes)
+    found = warnings(history, waits=waits)
+    lines = [Text(f"{name} {value}", style="red") for name, value in found.items()]
+    return Group(head, *lines, Text(sparkline(history, bars), style="green"), nodes)
 
 
 def line(history: RunHistory, *, waits: bool = False) -> str:
     """Return one line on a run's state; ``waits``: the ledger has not grown for a while."""
-    figures = {**_figures(history), **_warnings(history, waits=waits)}
-    return "  ".join(f"{name} {value}" for name, value in figures.items())
+    return in_one_line({**figures(history), **warnings(history, waits=waits)})
+
+
+def in_one_line(known: Mapping[str, str]) -> str:
+    """Return names and values as one line."""
+    return "  ".join(f"{name} {value}" for name, value in known.items())
 
 
 _IN_FLIGHT = (UNUSED, NO_ANSWER, Code.RUN_OVER)
@@ -190,13 +214,10 @@ def closing_table(summary: Mapping[str, Any]) -> ClosingTable:
         ("accuracy", f"{accuracy} (best {best}){_of_version(summary)}"),
         ("results", f"{used}, {results['refused']} rejected, {results['unused']} unused"),
         *_problems(summary),
-        (
-            "time",
-            f"{summary['wall_s']:.1f} s, first task after {_seconds(summary['first_task_s'])}",
-        ),
+        ("time", f"{_time(summary)}, first task after {_seconds(summary['first_task_s'])}"),
     ]
     for way in ("down", "up"):
-        payload, wire = _size(sizes[way]["payload"]), _size(sizes[way]["wire"])
+        payload, wire = size_text(sizes[way]["payload"]), size_text(sizes[way]["wire"])
         rows.append((f"bytes {way}", f"{payload} payload, {wire} on the wire"))
     rows.append(("model", summary["model_digest"] or "-"))
     clients = summary.get("clients")
@@ -266,8 +287,8 @@ def _by_code(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{plain(code) or 'unknown'} {number}" for code, number in counts.items())
 
 
-def _figures(history: RunHistory) -> dict[str, str]:
-    """Return the figures of a run; "-" where a value is unknown."""
+def figures(history: RunHistory) -> dict[str, str]:
+    """Return the figures of a run by name; "-" where a value is unknown."""
     begun, newest = history.begun, history.newest
     accuracy = _percent(history.accuracy)
     if newest is not None and newest.accuracy is not None:
@@ -275,7 +296,7 @@ def _figures(history: RunHistory) -> dict[str, str]:
         of += [f"{len(newest.clients)} of {newest.asked} clients"] if newest.is_partial else []
         accuracy += f" ({', '.join(of)})" if of else ""
     cohort = history.outcomes.cohorts.last
-    figures = {
+    found = {
         "time": f"{history.wall_s:5.1f} s" if history.now is not None else "-",
         "version": f"{history.version}" if begun else "-",
         "accuracy": accuracy,
@@ -283,15 +304,15 @@ def _figures(history: RunHistory) -> dict[str, str]:
         "stale": f"{history.outcomes.stale}",
     }
     if begun and _schedule(history.config) == "rounds":
-        figures["cohort"] = "-" if cohort is None else f"{cohort[0]} of {cohort[1]}"
+        found["cohort"] = "-" if cohort is None else f"{cohort[0]} of {cohort[1]}"
     else:
         known = history.mean_staleness
-        figures["staleness"] = "-" if known is None else f"{known:.1f}"
-    return {**figures, "down": _size(history.payload_down), "up": _size(history.payload_up)}
+        found["staleness"] = "-" if known is None else f"{known:.1f}"
+    return {**found, "down": size_text(history.payload_down), "up": size_text(history.payload_up)}
 
 
-def _warnings(history: RunHistory, *, waits: bool) -> dict[str, str]:
-    """Return failures, rejections and the clients that the run waits for."""
+def warnings(history: RunHistory, *, waits: bool) -> dict[str, str]:
+    """Return by name failures, rejections and the clients that the run waits for."""
     outcomes = history.outcomes
     counts = {
         "rejected": outcomes.refused,
@@ -330,7 +351,8 @@ def _state(node: NodeState, tasks: Sequence[SentTask]) -> Text:
     return Text(f"{tasks[0].to}{more}", style="cyan")
 
 
-def _sparkline(history: RunHistory, bars: str) -> str:
+def sparkline(history: RunHistory, bars: str) -> str:
+    """Return a bar for each of the newest accuracies."""
     known = (point.accuracy for point in history.curve if point.accuracy is not None)
     values = [value for value in known if math.isfinite(value)][-60:]
     return "".join(bars[max(0, min(7, int(value * 8)))] for value in values)
@@ -340,15 +362,13 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}%"
 
 
+def _time(summary: Mapping[str, Any]) -> str:
+    """Return how long a run took; of a simulated run, both times."""
+    if "simulated_in_s" not in summary:
+        return f"{summary['wall_s']:.1f} s"
+    real = summary["simulated_in_s"]
+    return f"simulated {duration(summary['wall_s'])}" + (f" in {duration(real)}" if real else "")
+
+
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} s"
-
-
-def _size(nbytes: float | None) -> str:
-    if nbytes is None:
-        return "-"
-    for unit in ("B", "kB", "MB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"

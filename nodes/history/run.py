@@ -20,9 +20,11 @@ from fedmq.broker.ledger.entries import Accepted, AnyEntry, Ended, Opened, Refus
 from fedmq.broker.rejections import Code
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, CONTINUED, EVALUATOR
 from fedmq.broker.wire.schema import Message
+from fedmq.nodes.history.curve import CurvePoint, VersionTotals
 from fedmq.nodes.history.facts import Facts, SentTask, natural
 from fedmq.nodes.history.outcomes import Outcomes
-from fedmq.nodes.history.tracker import ANSWERS, NodeState, TaskTracker
+from fedmq.nodes.history.tracker import NodeState, TaskTracker
+from fedmq.nodes.messages.actions import ANSWERS
 from fedmq.nodes.messages.metrics import received_metrics
 from fedmq.nodes.messages.tensor_tables import group_blobs
 from fedmq.nodes.run.agreement import disagree
@@ -30,64 +32,7 @@ from fedmq.nodes.run.agreement import disagree
 _INVALID_SCORE = (Code.MALFORMED, Code.NOT_FINITE, Code.OUT_OF_RANGE)
 """Why a score does not count. With other codes it was a second or late answer, and the first one
 counts."""
-
-
-@dataclass
-class CurvePoint:
-    """The evaluation of one version, by the evaluator or by the clients.
-
-    wall_s: seconds since the start of the run, without the time in which it was stopped; of the
-        newest answer.
-    by_evaluator: metrics from the evaluator, by name.
-    clients: metrics of each client that has answered, by its address.
-    asked: number of clients that were asked; 0 for an evaluation by the evaluator.
-    """
-
-    version: int
-    wall_s: float
-    by_evaluator: dict[str, float] = field(default_factory=dict)
-    clients: dict[str, dict[str, float]] = field(default_factory=dict)
-    asked: int = 0
-    _means: dict[str, float] | None = None
-    """Means over the clients, once they are needed; None after another answer."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics by name; means over the clients that have answered so far."""
-        if not self.clients:
-            return self.by_evaluator
-        if self._means is None:
-            known: dict[str, list[float]] = {}
-            for metrics in self.clients.values():
-                for name, value in metrics.items():
-                    known.setdefault(name, []).append(value)
-            self._means = {name: sum(values) / len(values) for name, values in known.items()}
-        return self._means
-
-    @property
-    def is_partial(self) -> bool:
-        """Return whether some of the clients that were asked have not answered."""
-        return len(self.clients) < self.asked
-
-    @property
-    def accuracy(self) -> float | None:
-        """Return the accuracy, if it is among the metrics."""
-        return self.metrics.get("accuracy")
-
-    @property
-    def loss(self) -> float | None:
-        """Return the loss, if it is among the metrics."""
-        return self.metrics.get("loss")
-
-    def withdraw(self, client: str) -> None:
-        """Remove the metrics of a client, if it has any."""
-        self.clients.pop(client, None)
-        self._means = None
-
-    def add(self, client: str, metrics: dict[str, float]) -> None:
-        """Add a client's metrics of this version."""
-        self.clients[client] = metrics
-        self._means = None
+_NO_RECORD = "failed: the ledger lacks the aggregator's record of this end"
 
 
 @dataclass
@@ -116,7 +61,8 @@ class RunHistory:
     ended: str | None = None
     """Reason why the run ended; None while it runs, again after it was resumed."""
     failed: bool = False
-    """Whether the run ended without reaching its goal."""
+    """Whether the run ended without reaching its goal, or without the aggregator's record of its
+    end."""
     stopped_s: float = 0.0
     """Seconds in which the run was stopped, until it was resumed."""
     extended_at: int = -1
@@ -131,6 +77,8 @@ class RunHistory:
     """Digest of the newest version's model."""
     curve: list[CurvePoint] = field(default_factory=list)
     """Evaluations, in the order of their first scores."""
+    totals: VersionTotals = field(default_factory=VersionTotals)
+    """Bytes and results at the commit of each version."""
 
     outcomes: Outcomes = field(default_factory=Outcomes)
     """Outcomes of tasks, results and evaluations, and of each client."""
@@ -265,6 +213,8 @@ class RunHistory:
 
     def _end(self, entry: Ended) -> None:
         self.ended = entry.reason
+        if not self._finished:  # it was rejected, or a program of somebody else ended the run
+            self.failed, self.ended = True, f"{entry.reason}; {_NO_RECORD}"
         for name, counts in entry.nodes.items():
             node = self.nodes.get(name)
             if node is None or node.role != AGGREGATOR:
@@ -272,7 +222,9 @@ class RunHistory:
                 self.wire_up += counts.get("received_bytes", 0)
 
     def _continued(self, seq: int, message: Message) -> None:
-        self.ended, self.failed = None, False
+        self.ended = None
+        if message.body.get("further"):  # else the aggregator's record of the end still holds
+            self.failed = False
         match message.body:
             case {"config": str(config), "stopped_s": int() | float() as stopped_s}:
                 self.config = config
@@ -300,6 +252,11 @@ class RunHistory:
                 self.mean_staleness = stale if isinstance(stale, int | float) else None
                 self.model_digest = digest if isinstance(digest, str) else ""
                 self.outcomes.committed(body)
+                if version is not None:
+                    self.totals.add(
+                        *(version, self.payload_up, self.payload_down, self.outcomes.used),
+                        self.mean_staleness,
+                    )
             case "finished":
                 self._finished, self.failed = True, body.get("failed") is True
 

@@ -16,9 +16,7 @@ from fedmq.broker.wire.addresses import (
 )
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.history.facts import Facts, SentTask, client_of, natural
-
-ANSWERS = ("result", "failed", "score")
-"""Kinds of messages that answer a task or an evaluation."""
+from fedmq.nodes.messages.actions import ANSWERS
 
 
 @dataclass

@@ -23,6 +23,7 @@ from msgspec.structs import replace
 from fedmq.broker.access.curve import KeyPair, NodeKeys
 from fedmq.broker.access.invites import InviteToken, parse_token
 from fedmq.broker.access.key_files import (
+    BROKERS_FILE,
     NODE_KEY,
     add_broker,
     known_brokers,
@@ -30,6 +31,7 @@ from fedmq.broker.access.key_files import (
     public_key,
     read_key,
 )
+from fedmq.broker.access.private_files import check_writable
 from fedmq.broker.enrolment import EnrolmentError, EnrolmentFault, enroll
 from fedmq.broker.errors import AccessError, EndpointError, GaveUp, UnresolvedError
 from fedmq.broker.transport.listening import is_loopback
@@ -244,6 +246,8 @@ def _join(token: InviteToken, endpoint: str, options: ConnectionOptions) -> KeyP
     own = own_key(where, options.key)
     stored = known_brokers(where).get(endpoint)
     known = stored == token.broker
+    if not known:
+        _check_writable(where)
     try:
         _hand_in(replace(token, address=endpoint), own.public, options.give_up_s)
     except EnrolmentError as error:
@@ -257,6 +261,17 @@ def _join(token: InviteToken, endpoint: str, options: ConnectionOptions) -> KeyP
     if not known:
         _store_broker(where, endpoint, token.broker, stored)
     return own
+
+
+def _check_writable(where: Path) -> None:
+    """Raise AccessError if the broker's key cannot be stored: an invite's use would be wasted."""
+    try:
+        check_writable(where / BROKERS_FILE)
+    except AccessError as error:
+        raise AccessError(
+            f"{error}: the broker's key would be lost, so the invite was not used; choose a folder "
+            "that can be written with --keys DIR"
+        ) from None
 
 
 def _hand_in(token: InviteToken, key: str, give_up_s: float | None) -> None:

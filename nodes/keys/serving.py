@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedmq.broker.access.broker_keys import BrokerKeys
 from fedmq.broker.access.key_files import BROKER_KEY
+from fedmq.broker.errors import AccessError
 from fedmq.broker.wire.endpoints import parse_endpoint
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.keys.folder import has_key_folder, key_folder
@@ -46,6 +47,13 @@ def broker_keys(binds: Sequence[str], folder: Path | None, *, insecure: bool) ->
         at = f" --keys {shlex.quote(str(folder))}"
         raise ConfigError(
             f"there is no broker key in {where}: make one with `fedmq keys new broker{at}`"
+        ) from None
+    except AccessError as error:
+        if folder is not None or os.access(where, os.X_OK):
+            raise
+        raise AccessError(
+            f"{error}. This is the folder of keys of this user: --keys DIR names another one; "
+            "--insecure lets anybody connect"
         ) from None
 
 

@@ -13,6 +13,9 @@ from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.errors import exits_as_errors
 
+ANSWERS = ("result", "failed", "score")
+"""Kinds of messages that answer a task or an evaluation."""
+
 
 class Start(Struct, frozen=True):
     """The broker has admitted the aggregator.

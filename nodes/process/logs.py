@@ -5,6 +5,7 @@ Lines have bounded length and contain no local variables, which may hold a clien
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import logging
@@ -83,11 +84,15 @@ class _Limited:
     ) -> MutableMapping[str, Any]:
         now = time.monotonic()
         if now >= self._limit.due:
-            for kind, lines in self._limit.take_suppressed():
-                structlog.get_logger().warning(SUPPRESSED, of=kind, lines=lines)
+            self.report()
         if not self._limit.admits(str(event.get("event", "")), now):
             raise structlog.DropEvent
         return event
+
+    def report(self) -> None:
+        """Log how many lines of each event were suppressed, if any were."""
+        for kind, lines in self._limit.take_suppressed():
+            structlog.get_logger().warning(SUPPRESSED, of=kind, lines=lines)
 
 
 _LEVELS = structlog.make_filtering_bound_logger(logging.INFO)
@@ -113,6 +118,9 @@ def append(path: Path, text: str, **bound: str) -> None:
 
 def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bound: str) -> None:
     """Send this process's log to a file as JSON, or to standard error for people.
+
+    At its end, the process logs how many lines were suppressed. One of `multiprocessing` must call
+    `report_suppressed` itself.
 
     Args:
         path: the file; None for standard error.
@@ -143,6 +151,16 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(**bound)
+    atexit.unregister(report_suppressed)
+    atexit.register(report_suppressed)
+
+
+def report_suppressed() -> None:
+    """Log how many lines were suppressed and not reported yet: to be called at the end."""
+    for each in structlog.get_config()["processors"]:
+        if isinstance(each, _Limited):
+            with contextlib.suppress(OSError, ValueError):  # standard error may be closed
+                each.report()
 
 
 def _open_log(path: Path) -> io.FileIO:

@@ -129,14 +129,19 @@ class StopSignals:
             self.check()
 
     @contextlib.contextmanager
-    def noting(self, note: Callable[[], None] = _nothing) -> Iterator[None]:
+    def noting(
+        self, note: Callable[[], None] = _nothing, *, watched: bool = False
+    ) -> Iterator[None]:
         """Inside the block, call ``note`` for each signal instead of raising `Stopped`.
 
-        It is also called at once if a signal was received before. The watchdog does not end the
-        process inside the block.
+        It is also called at once if a signal was received before.
+
+        Args:
+            note: may itself raise `Stopped`.
+            watched: whether the watchdog ends the process inside the block, too.
         """
         before, self._note = self._note, note
-        if self._watchdog is not None:
+        if self._watchdog is not None and not watched:
             self._watchdog.hold()
         if self.count:
             note()

@@ -55,9 +55,31 @@ def seconds(value: float) -> str:
     return f"{value:.3f}"
 
 
+def duration(value: float) -> str:
+    """Return a time in its two largest units: ``12.3 s``, ``2 min 5 s``, ``3 d 4 h``."""
+    if value < 60:
+        return f"{value:.1f} s"
+    whole = round(value)
+    for size, unit, smaller, its_unit in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // smaller} {its_unit}"
+    return f"{whole // 60} min {whole % 60} s"
+
+
 def plural(number: int, noun: str) -> str:
     """Return a number and its noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size_text(nbytes: float | None) -> str:
+    """Return a size with its unit, such as ``65.9 MB``; "-" for None."""
+    if nbytes is None:
+        return "-"
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"
 
 
 def table(
@@ -110,19 +132,35 @@ def renaming_notice(old: str, new: str) -> str:
 
 def spans(numbers: Iterable[int]) -> str:
     """Return ascending numbers with ranges joined: ``3-5 9``."""
-    found: list[list[int]] = []
+    return " ".join(map(_span, _joined(numbers)))
+
+
+def clients_in_words(clients: Iterable[int], longest: int = _LONGEST) -> str:
+    """Return the clients, in ascending order, as text: ``clients 3, 7-9``."""
+    return ranges_in_words(_joined(clients), longest)
+
+
+def ranges_in_words(ranges: Sequence[tuple[int, int]], longest: int = _LONGEST) -> str:
+    """Return ranges of clients, with both ends, as text: ``clients 3, 7-9``."""
+    text = ", ".join(map(_span, ranges[: longest + 1]))  # each takes a character or more
+    one = len(ranges) == 1 and ranges[0][0] == ranges[0][1]
+    return f"client{'' if one else 's'} {plain(text, longest)}"
+
+
+def _joined(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the ranges of ascending numbers, both ends included."""
+    found: list[tuple[int, int]] = []
     for number in numbers:
         if found and number == found[-1][1] + 1:
-            found[-1][1] = number
+            found[-1] = found[-1][0], number
         else:
-            found.append([number, number])
-    return " ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in found)
+            found.append((number, number))
+    return found
 
 
-def clients_in_words(clients: Sequence[int], longest: int = _LONGEST) -> str:
-    """Return the clients as text: ``clients 3, 7-9``."""
-    text = spans(clients).replace(" ", ", ")
-    return f"client{'' if len(clients) == 1 else 's'} {plain(text, longest)}"
+def _span(ends: tuple[int, int]) -> str:
+    low, high = ends
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def fields(value: Mapping[Any, Any], name: str = "") -> list[tuple[str, str]]:

@@ -44,6 +44,7 @@ from fedmq.nodes.trace.differences import Difference, DifferenceKind, Field, Gap
 from fedmq.nodes.worker.client_state import ClientStateStore, SavedClientState
 from fedmq.nodes.worker.core import Worker
 from fedmq.nodes.worker.driver import WorkerDriver
+from fedmq.nodes.worker.training import Compute, compute
 
 _HONEST = frozenset({"body.elapsed_s", "body.device", "body.after", "body.version_0"})
 """Fields that differ between two trainings of a task: times, device, and the starting state."""
@@ -52,6 +53,9 @@ _HONEST = frozenset({"body.elapsed_s", "body.device", "body.after", "body.versio
 class AnswerPort:
     """The `WorkerPort` of a replayed task.
 
+    Args:
+        compute: trains and evaluates.
+
     Attributes:
         answer: the message that the worker posts.
         state: the client's new local state.
@@ -59,7 +63,8 @@ class AnswerPort:
 
     log: FilteringBoundLogger = SILENT
 
-    def __init__(self) -> None:
+    def __init__(self, compute: Compute) -> None:
+        self.compute = compute
         self.answer: PostMessage | None = None
         self.state: SavedClientState | None = None
 
@@ -198,9 +203,9 @@ class Retraining:
             store.put(answer.client, before)
         clients = self._histories.clients[answer.node]
         core = Worker(self._setup, self._trace.run, answer.node, clients, store)
-        port = AnswerPort()
+        port = AnswerPort(functools.partial(compute, setup=self._setup, device=self._device))
         task = recorded_delivery(self._trace, accepted_entry(self._trace, answer.seq))
-        driver = WorkerDriver(core, self._setup, self._device, port)
+        driver = WorkerDriver(core, self._setup, port)
         driver.handle(task)
         if driver.error is not None:
             raise driver.error  # the recorded worker had a result

@@ -6,13 +6,21 @@ everything but the tables of problem, algorithm and schedule; `nodes.run.setup` 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_serializer,
+)
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from fedmq.algorithms.allowed import NOTHING, Allowed, installed
@@ -25,6 +33,7 @@ from fedmq.broker.settings import (
 )
 from fedmq.broker.wire.addresses import name_fault
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.population.table import SimulationTable
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.numbers import (
     RETAIN_CHOICES,
@@ -54,6 +63,8 @@ DEFAULT: Mapping[str, Mapping[str, Any]] = {
 _PROBLEM_DEFAULT = {"clients": 40, "partition": "dirichlet(0.5)"}
 _LONGEST_S = 1_000_000
 """Longest time, in seconds: ZeroMQ counts milliseconds in 32 bits."""
+_LONGEST_RUN_S = 1_000_000_000
+"""Longest timer of a broker, in seconds."""
 _OLD_BIND = "tcp://127.0.0.1:0"
 _DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 _FORMS = {_DEVICE: "auto, cpu, cuda or cuda:N"}
@@ -72,6 +83,11 @@ class RunTable(_Table):
     seed: seed of all randomness.
     versions: number of versions after which the run ends.
     target_accuracy: accuracy of an evaluation that ends the run earlier.
+    max_bytes: bytes of tasks, evaluations and their answers, both directions added, that end the
+        run earlier.
+    max_wall_s: seconds after which the run ends, without the time in which it was stopped; in a
+        simulation, of virtual time.
+    patience: number of evaluations in a row without a better accuracy that end the run earlier.
     evaluate_every: versions between evaluations; 0 evaluates only the last.
     min_clients: number of clients that must be reachable before the first task; 0 means all.
     failures: number of failed tasks and rejected results in a row, without a used result in
@@ -86,6 +102,9 @@ class RunTable(_Table):
     seed: Annotated[int, Field(ge=0)] = 0
     versions: Annotated[int, Field(ge=1)] = 150
     target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
+    max_wall_s: Annotated[float, Field(gt=0, le=_LONGEST_RUN_S)] | None = None
+    patience: Annotated[int, Field(ge=1)] | None = None
     evaluate_every: Annotated[int, Field(ge=0)] = 5
     min_clients: Annotated[int, Field(ge=0)] = 0
     failures: Annotated[int, Field(ge=1)] | None = None
@@ -134,6 +153,11 @@ class WorkerTable(StragglingTable):
     device: Annotated[str, Field(pattern=_DEVICE)] = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     nodes: dict[str, StragglingTable] = {}
+
+    @field_serializer("nodes")
+    def _own_settings(self, nodes: dict[str, StragglingTable]) -> dict[str, dict[str, Any]]:
+        """Leave out what a worker takes from the general settings, see `straggling`."""
+        return {name: each.model_dump(exclude_unset=True) for name, each in nodes.items()}
 
     def straggling(self, node: str) -> StragglingTable:
         """Return slowdown and drop of one worker."""
@@ -214,6 +238,7 @@ class Config(_Table):
     codec: CodecTable = CodecTable()
     worker: WorkerTable = WorkerTable()
     broker: BrokerTable = BrokerTable()
+    simulation: SimulationTable | None = None
     _allowed: Allowed = PrivateAttr(default=NOTHING)
 
     @property
@@ -223,29 +248,41 @@ class Config(_Table):
 
     def to_toml(self) -> str:
         """Return the configuration as complete TOML, which `parse` reads."""
-        return tomli_w.dumps(with_none_words(self.model_dump()))
+        left_out = {"simulation"} if self.simulation is None else None  # as in older releases
+        return tomli_w.dumps(with_none_words(self.model_dump(exclude=left_out)))
 
 
 def load(path: Path | None, settings: Sequence[str] = (), *, recorded: bool = False) -> Config:
     """Read a configuration file (or the defaults) and apply ``key=value`` settings.
 
     Args:
-        path: of the file.
+        path: of the file; ``-`` is standard input.
         settings: each of them overrides a key.
         recorded: a run wrote the file: no notice asks anybody to rename its keys.
 
     Raises:
         ConfigError: the file cannot be read, or a key or value is wrong.
     """
-    given: dict[str, Any] = {}
-    if path is not None:
-        try:
-            given = rename_keys(read_toml(path), notice=not recorded)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {reason_of(error)}") from None
+    given = {} if path is None else read_tables(path, recorded=recorded)
     for setting in settings:
-        _apply(given, setting)
+        apply_setting(given, setting)
     return build(given)
+
+
+def read_tables(path: Path, *, recorded: bool = False) -> dict[str, Any]:
+    """Return the tables of a configuration file, unchecked, with every key under its new name.
+
+    Args:
+        path: of the file; ``-`` is standard input.
+        recorded: see `load`.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not TOML.
+    """
+    try:
+        return rename_keys(read_toml(path), notice=not recorded)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {reason_of(error)}") from None
 
 
 def parse(text: str) -> Config:
@@ -268,8 +305,8 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
     given = config.model_dump()
     new: dict[str, Any] = {}
     for setting in settings:
-        _apply(given, setting)
-        _apply(new, setting)
+        apply_setting(given, setting)
+        apply_setting(new, setting)
     check_finite(new)  # older releases recorded configurations with infinities
     return _checked(given)
 
@@ -325,7 +362,12 @@ def _is_code(problem: str) -> bool:
         return True  # several packages have one of this name: `load_problem` raises the error
 
 
-def _apply(given: dict[str, Any], setting: str) -> None:
+def apply_setting(given: dict[str, Any], setting: str) -> None:
+    """Set the key of a text such as ``run.seed=1`` in some tables.
+
+    Raises:
+        ConfigError: the text has another form.
+    """
     key, equals, text = setting.partition("=")
     parts = rename_key(key.strip()).split(".")
     if not equals or len(parts) < 2 or not all(parts):
@@ -340,8 +382,16 @@ def _apply(given: dict[str, Any], setting: str) -> None:
 
 def _keys(model: type[BaseModel]) -> dict[str, Sequence[str]]:
     keys: dict[str, Sequence[str]] = {"": tuple(model.model_fields)}
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys[name] = tuple(field.annotation.model_fields)
+    for name, kind in _tables(model):
+        keys[name] = tuple(kind.model_fields)
+        keys |= {f"{name}.{inner}": tuple(each.model_fields) for inner, each in _tables(kind)}
     keys["broker.limits"] = tuple(each.name for each in fields(Limits))
     return keys
+
+
+def _tables(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield the fields of a table that are tables themselves."""
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield name, kind

@@ -11,7 +11,12 @@ from fedmq.codecs.errors import SpecError
 from fedmq.codecs.spec import parse
 from fedmq.nodes.errors import ConfigError
 
-_SPECS = frozenset({"down", "up", "features", "logits", "partition", "staleness", "slowdown"})
+_SPECS = frozenset(
+    {
+        *("down", "up", "features", "logits", "partition", "staleness", "slowdown"),
+        *("compute", "jitter", "latency", "bandwidth_down", "bandwidth_up", "availability"),
+    }
+)
 """Keys whose text is a spec with numbers, such as ``dirichlet(0.5)``."""
 
 RETAINED: Mapping[str, Retained] = {

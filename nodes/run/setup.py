@@ -14,8 +14,11 @@ from pydantic import TypeAdapter, ValidationError
 from fedmq.algorithms.allowed import Allowed
 from fedmq.algorithms.base import AnyAlgorithm
 from fedmq.algorithms.errors import AlgorithmError, NotAllowed
+from fedmq.algorithms.fedavg import FedAvg
+from fedmq.algorithms.fedprox import FedProx
 from fedmq.algorithms.problems import complete_options, load_problem
 from fedmq.algorithms.problems.base import Problem
+from fedmq.algorithms.problems.quadratic import QuadraticProblem
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.algorithms.schedules import Schedule, find_schedule
 from fedmq.algorithms.values import ReturnedError, plain_settings
@@ -29,6 +32,7 @@ from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.messages.payloads import Codecs
 from fedmq.nodes.process.exception_text import described
 from fedmq.nodes.run.config import Config
+from fedmq.nodes.run.goal import Goal
 from fedmq.nodes.run.numbers import check_types
 from fedmq.nodes.run.stragglers import slowdown
 from fedmq.nodes.run.toml import describe
@@ -88,6 +92,7 @@ def set_up(config: Config, allowed: Allowed | None = None, run: str = "") -> Set
             raise
         except (AlgorithmError, SpecError) as error:
             raise ConfigError(str(error)) from None
+    problem = _stand_in(config, problem, algorithm)
     down, up = _codec(config.codec.down, "down"), _codec(config.codec.up, "up")
     features = _codec(config.codec.features, "features")
     logits = _codec(config.codec.logits, "logits")
@@ -142,9 +147,10 @@ def check_attainable(setup: Setup, workers: Collection[str] = ()) -> None:
             f"schedule.{key}: expected at most problem.clients, {clients}, got {wanted}"
         )
     run = config.run
-    if run.target_accuracy is not None and not run.evaluate_every:
+    needs = Goal.of(run).needs_accuracy
+    if needs and not run.evaluate_every:
         raise ConfigError(
-            "run.evaluate_every: expected at least 1 because run.target_accuracy is set, got 0: "
+            f"run.evaluate_every: expected at least 1 because {needs} is set, got 0: "
             "only the last version would be evaluated"
         )
     if all(config.worker.straggling(name).drop >= 1 for name in workers or [""]):
@@ -169,6 +175,25 @@ def _choices(config: Config, allowed: Allowed, run: str) -> tuple[AnyAlgorithm, 
     if getattr(algorithm, "seed", 0) is None:
         algorithm = dataclasses.replace(algorithm, seed=config.run.seed)  # type: ignore[call-arg] # it has that field
     return algorithm, _choose(config.schedule, find_schedule, "schedule")
+
+
+def _stand_in(config: Config, problem: Problem, algorithm: AnyAlgorithm) -> Problem:
+    """Return the problem that clients learn: the stand-in if ``simulation.learner`` is ``curve``.
+
+    Raises:
+        ConfigError: the algorithm cannot train it.
+    """
+    table = config.simulation
+    if table is None or table.learner != "curve":
+        return problem
+    kind: type = type(algorithm)  # a subclass may train in other ways
+    if kind not in (FedAvg, FedProx):
+        raise ConfigError(
+            "simulation.learner: expected 'train' with algorithm "
+            f"{algorithm.name}, got 'curve', which stands in for the training of "
+            "fedavg and fedprox only"
+        )
+    return QuadraticProblem(problem, table.curve.heterogeneity, table.curve.noise)
 
 
 def _check_ranges(problem: Problem) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from fedmq.broker.settings import InvalidLimit
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.terminal import renaming_notice
 
+STDIN = Path("-")
+"""The path that stands for standard input."""
 NONE = "none"
 """The word for null, which TOML does not have, for example ``batch_size = "none"``."""
 RENAMED_KEYS: Mapping[str, str] = {"broker.beat_s": "broker.heartbeat_s"}
@@ -31,22 +34,24 @@ _OVERWRITTEN = "Cannot overwrite a value"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file in UTF-8, with or without a byte order mark.
+    """Read a TOML file, or standard input, in UTF-8, with or without a byte order mark.
 
     Raises:
         OSError: the file cannot be read.
         ConfigError: the file is not TOML.
     """
-    data = path.read_bytes()
+    is_input = path == STDIN
+    data = sys.stdin.buffer.read() if is_input else path.read_bytes()
+    name = "standard input" if is_input else str(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if data.startswith(_UTF16_MARKS):
-            raise ConfigError(f"{path} is not TOML: expected UTF-8, got UTF-16") from None
+            raise ConfigError(f"{name} is not TOML: expected UTF-8, got UTF-16") from None
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02x}"
-        raise ConfigError(f"{path} is not TOML: line {line} is not UTF-8 ({found})") from None
-    return parse_toml(text, str(path))
+        raise ConfigError(f"{name} is not TOML: line {line} is not UTF-8 ({found})") from None
+    return parse_toml(text, name)
 
 
 def parse_toml(text: str, what: str) -> dict[str, Any]:

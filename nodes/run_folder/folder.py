@@ -23,16 +23,27 @@ from fedmq.nodes.history.run import RunHistory, runs_of
 from fedmq.nodes.process.atomic_write import replacing
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.config import Config
+from fedmq.nodes.run.toml import STDIN
 
 CONFIG_FILE = "config.toml"
 _FRESH_FILE = f"{CONFIG_FILE}.new"
 SUPERVISOR_LOG = "cluster.log"
+SIMULATION_LOG = "simulation.log"
 LEDGER = "ledger"
 
 _OWN = re.compile(r'^# run\.id = "([^"\n]*)"(?:\n# begun = ([0-9]+\.[0-9]+))?', re.MULTILINE)
+_SIMULATED = re.compile(r"^# simulated = true$", re.MULTILINE)
 _OLD = re.compile(r'\A\[run\]\nid = "([^"\n]*)')
 """Start of a ``config.toml`` of 0.1.0, which can be incomplete."""
 _SEGMENT = re.compile(rf"({MESSAGES}|{PAYLOAD})-[0-9]{{20}}\.log")
+_LIVE_HEAD = (
+    "# The configuration of a run with every default. `fedmq cluster --run FOLDER` resumes\n"
+    "# this run; `fedmq cluster FOLDER/config.toml` starts a new run with the same settings.\n"
+)
+_SIMULATED_HEAD = (
+    "# The configuration of a simulated run with every default. `fedmq simulate\n"
+    "# FOLDER/config.toml` simulates it again, in another folder.\n"
+)
 _MAX_NAMED = 5
 """Number of runs that a broker names when it starts."""
 _ENDING_S = 8.0
@@ -68,11 +79,13 @@ class Contents:
     id: id of the run, or "" if unknown.
     begun: start time in seconds since 1970, or None if unknown.
     run: the run in the ledger, or None if the ledger has no run.
+    simulated: whether `fedmq simulate` wrote it, so that all times are virtual.
     """
 
     id: str = ""
     begun: float | None = None
     run: RunHistory | None = None
+    simulated: bool = False
 
 
 def look_into(folder: Path) -> Contents | None:
@@ -92,6 +105,7 @@ def look_into(folder: Path) -> Contents | None:
             f"{some}"
         )
     found = Contents(*_read_own(folder / CONFIG_FILE))
+    found.simulated = bool(_SIMULATED.search(_text_of(folder / CONFIG_FILE)))
     try:
         runs = runs_of(read_entries(folder / LEDGER), found.begun)
     except LedgerDamage as error:
@@ -123,7 +137,7 @@ def _is_run(folder: Path, names: set[str]) -> bool:
     if CONFIG_FILE in names:
         text = _text_of(folder / CONFIG_FILE)
         return not text or bool(_OWN.search(text) or _OLD.search(text))
-    return names <= {_FRESH_FILE, SUPERVISOR_LOG}
+    return names <= {_FRESH_FILE, SUPERVISOR_LOG, SIMULATION_LOG}
 
 
 def _text_of(file: Path) -> str:
@@ -157,11 +171,19 @@ def usable_config(folder: Path) -> Path | None:
 
 def is_record(file: Path) -> bool:
     """Return whether a run wrote this configuration file, so that its run.id is in use."""
+    if file == STDIN:
+        return False
     return bool(_OWN.search(_text_of(file))) or (file.parent / LEDGER).is_dir()
 
 
-def write_config(folder: Path, config: Config, begun: float) -> None:
+def write_config(folder: Path, config: Config, begun: float, *, simulated: bool = False) -> None:
     """Write a run's complete configuration to its folder, without the id, so that it can be reused.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        begun: its start, in seconds since 1970.
+        simulated: whether all its times are virtual.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -169,10 +191,11 @@ def write_config(folder: Path, config: Config, begun: float) -> None:
     without = config.model_copy(update={"run": config.run.model_copy(update={"id": ""})})
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(begun))
     text = (
-        "# The configuration of a run with every default. `fedmq cluster --run FOLDER` resumes\n"
-        "# this run; `fedmq cluster FOLDER/config.toml` starts a new run with the same settings.\n"
-        f'# run.id = "{config.run.id}"\n'
-        f"# begun = {float(begun)!r} ({when})\n\n{without.to_toml()}"
+        (_SIMULATED_HEAD if simulated else _LIVE_HEAD)
+        + f'# run.id = "{config.run.id}"\n'
+        + f"# begun = {float(begun)!r} ({when})\n"
+        + ("# simulated = true\n" if simulated else "")
+        + f"\n{without.to_toml()}"
     )
     try:
         with replacing(folder / CONFIG_FILE) as fresh:

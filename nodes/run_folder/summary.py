@@ -7,11 +7,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmq.nodes.history.curve import CurvePoint, Totals
 from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, Cohorts, Outcomes
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run_folder.strict_json import not_finite
 
+_OWN_KEYS = ("accuracy", "loss")
+"""Metrics that have a key of their own in the curve; it is null for a problem without them."""
 _REASONS: Mapping[str, str] = {UNUSED: "its result is in no version", NO_ANSWER: "no answer"}
 
 
@@ -54,15 +57,7 @@ def summary_of(history: RunHistory) -> dict[str, Any]:
         "final_accuracy": history.accuracy,
         "metrics": newest.metrics if newest is not None else {},
         "best_accuracy": history.best_accuracy,
-        "curve": [
-            {
-                "version": point.version,
-                "wall_s": round(point.wall_s, 3),
-                "accuracy": point.accuracy,
-                "loss": point.loss,
-            }
-            for point in history.curve
-        ],
+        "curve": [_point(each, history.totals.at(each.version)) for each in history.curve],
         "wall_s": round(history.wall_s, 3),
         "first_task_s": None if first is None else round(first, 3),
         "bytes": {"down": down, "up": up, "kinds": history.groups},
@@ -82,6 +77,23 @@ def summary_of(history: RunHistory) -> dict[str, Any]:
     if strange := not_finite(summary):
         summary["not_finite"] = strange
     return summary
+
+
+def _point(point: CurvePoint, totals: Totals | None) -> dict[str, Any]:
+    """Return the evaluation of one version, and what the version had cost at its commit."""
+    metrics = {name: value for name, value in point.metrics.items() if name not in _OWN_KEYS}
+    return {
+        "version": point.version,
+        "wall_s": round(point.wall_s, 3),
+        "bytes_up": None if totals is None else totals.bytes_up,
+        "bytes_down": None if totals is None else totals.bytes_down,
+        "results_used": None if totals is None else totals.results_used,
+        "staleness": None if totals is None else totals.staleness,
+        "accuracy": point.accuracy,
+        "loss": point.loss,
+        # Under a key of their own, because a problem may call a metric "version".
+        "metrics": metrics,
+    }
 
 
 def _results(outcomes: Outcomes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from fedmq.nodes.run_folder.strict_json import to_strict_json
 from fedmq.nodes.run_folder.summary import summary_of
 
 SUMMARY_FILE = "summary.json"
+SIMULATED_IN_S = "simulated_in_s"
+"""Key of a simulated run: the real seconds that it took. All its other times are virtual."""
 
 
 def write_summary(folder: Path, started_at: float | None = None, run: str = "") -> dict[str, Any]:
@@ -48,6 +51,14 @@ def remove_summary(folder: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise NodeError(f"cannot remove {path}: {reason_of(error)}") from None
+
+
+def recorded_value(folder: Path, key: str) -> Any:
+    """Return a value of a folder's summary; None if there is no such file or value."""
+    try:
+        return json.loads((folder / SUMMARY_FILE).read_text()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def save_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+from structlog.typing import FilteringBoundLogger
 
 from fedmq.broker.errors import LinkClosed, Rejected
 from fedmq.broker.link.node_link import NodeLink
@@ -21,10 +24,12 @@ from fedmq.nodes.process.logs import SILENT
 from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.session import admitted
 from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.worker import training
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Worker
 from fedmq.nodes.worker.driver import WorkerDriver
 from fedmq.nodes.worker.program import LinkedWorker, work_until_over
+from fedmq.nodes.worker.training import Compute
 
 
 class VirtualNode(ABC):
@@ -35,6 +40,7 @@ class VirtualNode(ABC):
         machine: where the process runs.
         hello: of the session.
         draw_s: draws how long a task or a commit takes, in seconds.
+        log: of the node.
 
     Attributes:
         port, hello: as given.
@@ -43,9 +49,14 @@ class VirtualNode(ABC):
     """
 
     def __init__(
-        self, port: VirtualPort, machine: Machine, hello: Hello, draw_s: Callable[[], float]
+        self,
+        port: VirtualPort,
+        machine: Machine,
+        hello: Hello,
+        draw_s: Callable[[], float],
+        log: FilteringBoundLogger = SILENT,
     ) -> None:
-        self.port, self.hello = port, hello
+        self.port, self.hello, self.log = port, hello, log
         self.ended: LinkClosed | Rejected | None = None
         self._machine, self._draw_s = machine, draw_s
         self.link = NodeLink(port, hello)
@@ -57,7 +68,7 @@ class VirtualNode(ABC):
 
     def _run(self) -> None:
         try:
-            with admitted(self.link, self.hello, SILENT):
+            with admitted(self.link, self.hello, self.log):
                 self.work(self.link)
         except (LinkClosed, Rejected) as error:
             self.ended = error
@@ -69,6 +80,11 @@ class VirtualNode(ABC):
 
 class VirtualAggregator(VirtualNode):
     """A session of an aggregator.
+
+    Args:
+        setup: objects of the run.
+        folder: where it saves the final model; None to save none.
+        checked: whether its core validates its state after each event.
 
     Attributes:
         core: folds the inbox.
@@ -82,11 +98,15 @@ class VirtualAggregator(VirtualNode):
         hello: Hello,
         draw_s: Callable[[], float],
         setup: Setup,
+        folder: Path | None = None,
+        log: FilteringBoundLogger = SILENT,
+        *,
+        checked: bool = True,
     ) -> None:
-        super().__init__(port, machine, hello, draw_s)
-        self._setup = setup
+        super().__init__(port, machine, hello, draw_s, log)
+        self._setup, self._folder = setup, folder
         core = Aggregator(setup, hello.run, hello.node, Computed(device=kind_of("cpu")))
-        self.core = validated(core)
+        self.core = validated(core) if checked else core
         self.finished = ""
 
     def work(self, link: NodeLink) -> None:
@@ -97,7 +117,7 @@ class VirtualAggregator(VirtualNode):
                 self.finished = reason
             link.over(reason)
 
-        port = LinkedAggregator(link, self._setup.problem, None, SILENT, self._beside)
+        port = LinkedAggregator(link, self._setup.problem, self._folder, self.log, self._beside)
         port.over = over
         fold_until_over(self.core, port, None)
 
@@ -109,7 +129,10 @@ class VirtualWorker(VirtualNode):
     """A session of a worker, or of the evaluator.
 
     Args:
+        setup: objects of the run.
         store: the clients' states, which survive the process.
+        compute: trains and evaluates; by default in this process.
+        checked: whether its core validates its state after each event.
 
     Attributes:
         core: handles the tasks.
@@ -124,16 +147,22 @@ class VirtualWorker(VirtualNode):
         draw_s: Callable[[], float],
         setup: Setup,
         store: ClientStateStore,
+        compute: Compute | None = None,
+        log: FilteringBoundLogger = SILENT,
+        *,
+        checked: bool = True,
     ) -> None:
-        super().__init__(port, machine, hello, draw_s)
+        super().__init__(port, machine, hello, draw_s, log)
         self._setup, self.store = setup, store
-        self.core = validated(Worker(setup, hello.run, hello.node, hello.clients, store))
+        self._compute = compute or functools.partial(training.compute, setup=setup, device="cpu")
+        core = Worker(setup, hello.run, hello.node, hello.clients, store)
+        self.core = validated(core) if checked else core
 
     def work(self, link: NodeLink) -> None:
         """Run the program of `run_worker`; each task takes a drawn time."""
-        port = LinkedWorker(link, self.store, SILENT)
+        port = LinkedWorker(link, self.store, self._compute, self.log)
         port.now, port.away = self._machine.monotonic, self._training
-        work_until_over(WorkerDriver(self.core, self._setup, "cpu", port), port)
+        work_until_over(WorkerDriver(self.core, self._setup, port).handle, link, self.log)
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:

@@ -19,10 +19,11 @@ from msgspec.structs import replace
 from fedmq.broker.access.rights import KEYLESS, AccessStore, Origin
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
-from fedmq.broker.virtual.disk import DiskFault
+from fedmq.broker.virtual.disk import DiskFault, VirtualDisk
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
 from fedmq.broker.virtual.node import VirtualPort
+from fedmq.broker.virtual.plain_disk import PlainDisk
 from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, EVALUATOR, RECORD, WORKER
 from fedmq.broker.wire.schema import Hello, Message, Post
 from fedmq.nodes.run.session import session_id
@@ -35,8 +36,6 @@ Ranges = tuple[tuple[int, int], ...]
 _CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
 _EVERY_S = 0.1
 """Virtual time between two draws of faults."""
-_WALL_S = 1e6
-"""How far wall clocks are ahead of the network's time: a jump back does not take them below 0."""
 
 
 @dataclass
@@ -85,6 +84,22 @@ class Chances:
     chat: float = 0.0
     share_files: bool = False
 
+    @property
+    def hurts_disk(self) -> bool:
+        """Return whether a fault needs a virtual disk."""
+        return bool(self.disk) or max(self.power, self.full, self.doom) > 0
+
+    @property
+    def any_faults(self) -> bool:
+        """Return whether faults are drawn all the time, other than those of frames and the disk."""
+        rates = self.crash, self.doom, self.power, self.full, self.pause, self.cut
+        return max(*rates, self.partition, self.jump, self.chat) > 0
+
+
+def split(clients: int, nodes: int) -> list[Ranges]:
+    """Return ranges of about equal size, one for each node, that cover all clients."""
+    return [((k * clients // nodes, (k + 1) * clients // nodes - 1),) for k in range(nodes)]
+
 
 class Simulation:
     """One run: a broker, an aggregator, workers and an evaluator.
@@ -101,16 +116,25 @@ class Simulation:
             session of a node.
         access: who may connect; by default a broker without keys.
         origins: what the transport proves about each node, by name; read when a session starts.
+        run: id of the run.
+        checked: whether all processes validate their states, and may fail at any time. Without,
+            the disk is plain and nothing draws faults unless ``chances`` has some.
 
     Attributes:
         origins: as given.
         network, broker: of the run.
+        began: the network's time at its start.
         aggregator: newest session of the aggregator.
         sessions: all sessions of all nodes, in the order of their starts.
         machines: the machine of the broker and of each node, by name.
     """
 
     aggregator: VirtualAggregator
+    wall_s = 1e6
+    """How far wall clocks are ahead of the network's time: a jump back does not take them below
+    0."""
+    host_name = "worker"
+    """Names of nodes that host clients, up to their number."""
 
     def __init__(
         self,
@@ -124,11 +148,16 @@ class Simulation:
         on_start: Callable[[VirtualBroker | VirtualNode], object] = lambda _: None,
         access: AccessStore | None = None,
         origins: Mapping[str, Origin] | None = None,
+        *,
+        run: str = RUN,
+        checked: bool = True,
     ) -> None:
+        self.run_id, self._checked = run, checked
         self.origins = {} if origins is None else origins
         self.setup, self.chances = setup, chances or Chances()
         self.rng = random.Random(seed)  # noqa: S311 - not for secrets
         self.network = VirtualNetwork(self.rng, self.chances.faults)
+        self.began = self.network.now
         self.machines: dict[str, Machine] = {}
         self.sessions: list[VirtualNode] = []
         self._calm = self._restarts = False
@@ -137,6 +166,8 @@ class Simulation:
         self._last_session: dict[str, str] = {}
         settings = settings or BrokerSettings(3.0, 0.5)
         self._lease_s = settings.lease_s
+        faulty = checked or self.chances.hurts_disk
+        self._disk = VirtualDisk(self.rng) if faulty else None
         self.broker = VirtualBroker(
             self.network,
             folder,
@@ -147,18 +178,20 @@ class Simulation:
                 durability="power" if self.chances.power else "process",
             ),
             machine=self.machine(BROKER),
+            disk=self._disk or PlainDisk(),
             access=access,
             on_start=on_start,
+            checked=checked,
         )
-        self.broker.disk.rates = dict(self.chances.disk)
+        if self._disk is not None:
+            self._disk.rates = dict(self.chances.disk)
         self.broker.batch_s = self.chances.batch_s
-        total = setup.problem.clients
         self.start_aggregator()
-        for index in range(workers):
-            clients = ((index * total // workers, (index + 1) * total // workers - 1),)
-            self.start_worker(f"worker-{index}", clients, ClientStateStore())
+        for index, clients in enumerate(split(setup.problem.clients, workers)):
+            self.start_worker(f"{self.host_name}-{index}", clients, ClientStateStore())
         self.start_worker(EVALUATOR, (), ClientStateStore())
-        self._inject_faults()
+        if checked or self.chances.any_faults:
+            self._inject_faults()
 
     def run(self, calm_after_s: float, limit_s: float) -> bool:
         """Simulate, without faults after ``calm_after_s``; return whether the run ended in time."""
@@ -184,12 +217,12 @@ class Simulation:
         """Start a session of the aggregator; it is restarted when it is killed."""
         port, machine, hello = self._session(AGGREGATOR)
         hello = replace(hello, config=self._config, total_clients=self.setup.problem.clients)
-        node = VirtualAggregator(port, machine, hello, self._draw_s, self.setup)
+        node = self.aggregator_at(port, machine, hello)
         self._started(node, self.start_aggregator)
         self.aggregator = node
         return node
 
-    def start_worker(self, name: str, clients: Ranges, store: ClientStateStore) -> VirtualWorker:
+    def start_worker(self, name: str, clients: Ranges, store: ClientStateStore) -> VirtualNode:
         """Start a session of a worker or the evaluator; it is restarted when it is killed.
 
         Args:
@@ -199,9 +232,19 @@ class Simulation:
         """
         port, machine, hello = self._session(name)
         hello = replace(hello, clients=clients)
-        node = VirtualWorker(port, machine, hello, self._draw_s, self.setup, store)
+        node = self.worker_at(port, machine, hello, store)
         self._started(node, functools.partial(self.start_worker, name, clients, store))
         return node
+
+    def aggregator_at(self, port: VirtualPort, machine: Machine, hello: Hello) -> VirtualAggregator:
+        """Return a new session of the aggregator."""
+        return VirtualAggregator(port, machine, hello, self._draw_s, self.setup)
+
+    def worker_at(
+        self, port: VirtualPort, machine: Machine, hello: Hello, store: ClientStateStore
+    ) -> VirtualNode:
+        """Return a new session of a worker or the evaluator."""
+        return VirtualWorker(port, machine, hello, self._draw_s, self.setup, store)
 
     def _session(self, name: str) -> tuple[VirtualPort, Machine, Hello]:
         """Return the process, machine and Hello of a new session of a node."""
@@ -209,25 +252,28 @@ class Simulation:
         session = session_id(int(machine.wall() * 1e9), last, f"{len(self.sessions):08x}")
         self._last_session[name] = session
         role = name if name in (AGGREGATOR, EVALUATOR) else WORKER
-        hello = Hello(node=name, role=role, session=session, key=f"key of {name}", run=RUN)
+        key = f"key of {name}"
+        hello = Hello(node=name, role=role, session=session, key=key, run=self.run_id)
         origin = self.origins.get(name, KEYLESS)
-        return VirtualPort(self.network, machine, name, apart, origin), machine, hello
+        port = VirtualPort(self.network, machine, name, apart, origin, checked=self._checked)
+        return port, machine, hello
 
     def _started(self, node: VirtualNode, again: Callable[[], VirtualNode]) -> None:
-        def exited() -> None:
-            if node.ended is None:
-                self._later(self.chances.away_s, again)
-
         self.sessions.append(node)
-        node.port.on_exit = exited
+        node.port.on_exit = functools.partial(self.exited, node, again)
         self._on_start(node)
+
+    def exited(self, node: VirtualNode, again: Callable[[], VirtualNode]) -> None:
+        """Handle the end of a session: start another one later, if it was killed."""
+        if node.ended is None:
+            self._later(self.chances.away_s, again)
 
     def machine(self, name: str) -> Machine:
         """Return the machine of the broker, or of a node."""
         if name not in self.machines:
             drift = self.chances.drift
             rate = 1.0 + (drift and self.rng.uniform(-drift, drift))
-            self.machines[name] = Machine(self.network, _WALL_S, rate)
+            self.machines[name] = Machine(self.network, self.wall_s, rate)
         return self.machines[name]
 
     def _draw_s(self) -> float:
@@ -262,13 +308,13 @@ class Simulation:
             broker.loses_power = chances.power > 0 and self.rng.random() < 0.5
             if self.rng.random() < 0.5:
                 broker.crash_at_send = self.rng.randrange(3)
-            else:
-                broker.disk.crash_at(broker.disk.operations + self.rng.randrange(8))
+            elif self._disk is not None:
+                self._disk.crash_at(self._disk.operations + self.rng.randrange(8))
         if happens(chances.pause):
             broker.pause()
             self._later(chances.pause_s, functools.partial(self._end_pause, broker, broker.crash))
-        if happens(chances.full):
-            broker.disk.full = True
+        if happens(chances.full) and self._disk is not None:
+            self._disk.full = True
             self._later(chances.full_s, self._make_space)
         if not broker.up and not self._restarts:
             self._restarts = True
@@ -279,7 +325,8 @@ class Simulation:
         self.broker.start()
 
     def _make_space(self) -> None:
-        self.broker.disk.full = False
+        if self._disk is not None:
+            self._disk.full = False
 
     def _disturb(self, node: VirtualNode) -> None:
         chances, happens, port = self.chances, self._happens, node.port
@@ -305,7 +352,7 @@ class Simulation:
                 self._chats += 1
                 name, sender = f"{node.hello.session}/{self._chats}", node.hello.node
                 to = self.rng.choice(_CHAT_TO)
-                node.hand_in(Message(kind="chat", id=name, run=RUN, sender=sender, to=to))
+                node.hand_in(Message(kind="chat", id=name, run=self.run_id, sender=sender, to=to))
 
     def _happens(self, rate: float) -> bool:
         return rate > 0 and self.rng.random() < rate * _EVERY_S
@@ -329,9 +376,10 @@ class Simulation:
         self._calm = True
         self.network.faults = Faults()
         self.broker.crash_at_send = None
-        self.broker.disk.rates.clear()
-        self.broker.disk.crash_at(-1)
-        self._make_space()
+        if self._disk is not None:
+            self._disk.rates.clear()
+            self._disk.crash_at(-1)
+            self._make_space()
         for node in self.nodes:
             node.port.doomed = lambda _: False
         self._keep_broker_up()

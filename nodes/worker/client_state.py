@@ -7,9 +7,10 @@ changes its client's state exactly once.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import xxhash
@@ -17,14 +18,10 @@ from msgspec import Struct
 
 from fedmq.algorithms.base import Payload
 from fedmq.broker.wire.encoding import decode_message, encode_message
-from fedmq.broker.wire.schema import (
-    Blob,
-    Buffer,
-    Message,
-)
+from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError, StorageError
-from fedmq.nodes.messages.payloads import RAW, Packed, pack, unpack
+from fedmq.nodes.messages.payload_parts import PayloadPart, append_payload, take_payload
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.run.session import make_folder
 from fedmq.nodes.worker.client_files import ClientFolder
@@ -48,20 +45,13 @@ class SavedClientState:
     memory: Payload | None = None
 
 
-class _Part(Struct):
-    """A saved payload: a message's body, and the number of its buffers."""
-
-    body: dict[str, Any]
-    buffers: int
-
-
 class _Head(Struct):
     task: str
     message: bytes
     sizes: list[int]
     """Sizes of the buffers of local state, memory and result, in this order, in bytes."""
-    local: _Part | None
-    memory: _Part | None
+    local: PayloadPart | None
+    memory: PayloadPart | None
 
 
 class ClientStateStore:
@@ -136,23 +126,21 @@ class ClientStateStore:
 
 
 def _write(state: SavedClientState) -> bytes:
-    local, memory = _packed(state.local), _packed(state.memory)
-    buffers = [*(local.data if local else ()), *(memory.data if memory else ()), *state.data]
+    buffers: list[Buffer] = []
+    local = append_payload(state.local, buffers) if state.local is not None else None
+    memory = append_payload(state.memory, buffers) if state.memory is not None else None
+    buffers += state.data
     head = msgspec.msgpack.encode(
         _Head(
             task=state.task,
             message=encode_message(state.message),
             sizes=[memoryview(each).nbytes for each in buffers],
-            local=_Part(dict(local.body), len(local.data)) if local else None,
-            memory=_Part(dict(memory.body), len(memory.data)) if memory else None,
+            local=local,
+            memory=memory,
         )
     )
     whole = b"".join([len(head).to_bytes(8, "little"), head, *buffers])
     return xxhash.xxh3_128_digest(whole) + whole
-
-
-def _packed(payload: Payload | None) -> Packed | None:
-    return pack(payload, RAW, 0) if payload is not None else None
 
 
 def _read(data: bytes, seq: int) -> SavedClientState:
@@ -160,23 +148,12 @@ def _read(data: bytes, seq: int) -> SavedClientState:
         raise ValueError("damaged: its checksum does not match")
     start = 24 + int.from_bytes(data[16:24], "little")
     head = msgspec.msgpack.decode(data[24:start], type=_Head)
-    buffers: list[Buffer] = []
-    for size in head.sizes:
-        buffers.append(data[start : start + size])
-        start += size
+    ends = list(itertools.accumulate(head.sizes, initial=start))
+    rest: Sequence[Buffer] = [data[a:b] for a, b in itertools.pairwise(ends)]
     message = decode_message(head.message)
-    local, rest = _split_off(head.local, message, buffers)
-    memory, rest = _split_off(head.memory, message, rest)
+    local = memory = None
+    if head.local is not None:
+        local, rest = take_payload(head.local, rest)
+    if head.memory is not None:
+        memory, rest = take_payload(head.memory, rest)
     return SavedClientState(head.task, seq, local, message, tuple(rest), memory)
-
-
-def _split_off(
-    part: _Part | None, message: Message, buffers: list[Buffer]
-) -> tuple[Payload | None, list[Buffer]]:
-    """Decode a saved payload from the first buffers; also return the other buffers."""
-    if part is None:
-        return None, buffers
-    own = buffers[: part.buffers]
-    blobs = tuple(Blob.of(each) for each in own)
-    holder = msgspec.structs.replace(message, body=part.body, blobs=blobs)
-    return unpack(holder, own.__getitem__), buffers[part.buffers :]

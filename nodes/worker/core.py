@@ -10,16 +10,14 @@ import dataclasses
 import functools
 import itertools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 from msgspec import Struct
-from torch import Tensor
 
 from fedmq.algorithms.base import Client, Payload, Reply, Task
 from fedmq.algorithms.errors import ProblemError
-from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import derive_rng, derive_seed
 from fedmq.algorithms.values import metrics_of
 from fedmq.broker.errors import WireError
@@ -93,26 +91,29 @@ Event = Delivery | Trained | Saved | Evaluated | Failed
 class Train(Struct, frozen=True):
     """Train a task for a client, from its local state, with all randomness from ``seed``.
 
-    project: as in `Client`.
+    uplink_seed: seed of the uplink's codec; a client trains only what a structured one can send.
     """
 
     client: int
     task: Task
     local: Payload | None
     seed: int
-    project: Callable[[Mapping[str, Tensor]], None] | None = None
+    uplink_seed: int = 0
 
-    def at(self, problem: Problem, device: str) -> Client:
+    def at(self, setup: Setup, device: str) -> Client:
         """Return the `Client` that the algorithm trains.
 
         Raises:
             ProblemError: the client has no examples.
         """
+        problem, project = setup.problem, None
         data = problem.client(self.client)
         if not len(data):
             name = type(problem).__name__
             raise ProblemError(f"{name}.client: expected at least one example, got none")
-        return Client(self.client, problem, data, self.local, self.seed, device, self.project)
+        if setup.up.structured:
+            project = functools.partial(setup.up.project, seed=self.uplink_seed)
+        return Client(self.client, problem, data, self.local, self.seed, device, project)
 
 
 class Evaluate(Struct, frozen=True):
@@ -251,11 +252,9 @@ class Worker:
                     return
                 task = _read_task(delivery)
                 seed = derive_seed(self._setup.config.run.seed, "train", client, message.id)
-                project, self._before = None, _before(kept)
-                if self._setup.up.structured:
-                    uplink = self._uplink_seed(client, message)
-                    project = functools.partial(self._setup.up.project, seed=uplink)
-                out.append(Train(client, task, kept.local if kept else None, seed, project))
+                self._before = _before(kept)
+                uplink = self._uplink_seed(client, message)
+                out.append(Train(client, task, kept.local if kept else None, seed, uplink))
             elif kind == "evaluate":
                 out.append(self._evaluate(delivery))
             elif kind == "refused":

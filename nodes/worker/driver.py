@@ -12,6 +12,7 @@ from structlog.typing import FilteringBoundLogger
 from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.errors import BrokerError
 from fedmq.broker.link.events import Delivery, PostMessage
+from fedmq.broker.rejections import Code
 from fedmq.broker.wire.schema import Buffer, Message
 from fedmq.nodes.errors import NodeError, StorageError
 from fedmq.nodes.messages.actions import Handled
@@ -30,9 +31,13 @@ from fedmq.nodes.worker.core import (
     Trained,
     Worker,
 )
-from fedmq.nodes.worker.training import check_ranges, compute
+from fedmq.nodes.worker.training import RemoteError, check_ranges
 
 _FULL_RETRY_S = 1.0
+
+
+class Dropped(Exception):
+    """Raised by `WorkerPort.compute`: the client drops out, so its task fails."""
 
 
 class WorkerPort(Protocol):
@@ -59,6 +64,13 @@ class WorkerPort(Protocol):
     def away(self) -> AbstractContextManager[None]:
         """Return a context for training and evaluation, in which the link keeps working."""
 
+    def compute(self, action: Train | Evaluate, /) -> Trained | Evaluated:
+        """Train or evaluate; return and raise what `fedmq.nodes.worker.training.compute` does.
+
+        Raises:
+            Dropped: the client of a simulation drops out.
+        """
+
     def pause(self, seconds: float) -> None:
         """Wait, as `NodeLink.pause` does."""
 
@@ -72,18 +84,20 @@ class WorkerDriver:
     Args:
         core: the worker.
         setup: objects of the run.
-        device: trains and evaluates.
         port: carries out single actions.
+        repeats: counts equal failures for the log; drivers of one node can share it.
 
     Attributes:
         core: as given.
         error: because of which the last task failed; None if no error has failed a task.
     """
 
-    def __init__(self, core: Worker, setup: Setup, device: str, port: WorkerPort) -> None:
-        self.core, self._setup, self._device, self._port = core, setup, device, port
+    def __init__(
+        self, core: Worker, setup: Setup, port: WorkerPort, repeats: Repeats | None = None
+    ) -> None:
+        self.core, self._setup, self._port = core, setup, port
         self.error: Exception | None = None
-        self._repeats = Repeats()
+        self._repeats = repeats or Repeats()
 
     def handle(self, delivery: Delivery) -> None:
         """Pass a message to the core, and carry out its actions, for a task until its result.
@@ -119,11 +133,13 @@ class WorkerDriver:
         began = self._port.now()
         try:
             with self._port.away():
-                event = compute(action, self._setup, self._device)
+                event = self._port.compute(action)
                 if isinstance(event, Evaluated):
                     check_ranges(event.metrics, self._setup.problem)
         except (BrokerError, NodeError):
             raise  # not an error of the task: the link has ended
+        except Dropped:
+            return Failed("dropped on demand", Code.DROPPED)
         except Exception as error:  # a model can raise anything
             invalid = isinstance(error, ReturnedError) and isinstance(action, Evaluate)
             if invalid and not self.core.evaluations:
@@ -135,8 +151,12 @@ class WorkerDriver:
 
     def _failed(self, error: Exception) -> Failed:
         """Return the failure of a task; log the first of equal ones, and then a count."""
-        self.error, failed = error, Failed.of(error, self._setup)
-        if times := self._repeats.count((type(error), failed.where), self._port.now()):
+        self.error = error
+        if isinstance(error, RemoteError):
+            name, failed = error.name, Failed(error.reason, error.code, error.where)
+        else:
+            name, failed = type(error).__name__, Failed.of(error, self._setup)
+        if times := self._repeats.count((name, failed.where), self._port.now()):
             about = {"reason": failed.reason, "where": failed.where, "times": times}
             self._port.log.error("task failed", **about, exc_info=error if times == 1 else None)
         return failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from structlog.typing import FilteringBoundLogger
 from fedmq.algorithms.allowed import NOTHING, Allowed
 from fedmq.broker.access.curve import NodeKeys
 from fedmq.broker.errors import RunOver
+from fedmq.broker.link.events import Delivery
 from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.wire.addresses import WORKER
 from fedmq.broker.wire.schema import Hello
@@ -27,6 +29,7 @@ from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Worker
 from fedmq.nodes.worker.driver import WorkerDriver
+from fedmq.nodes.worker.training import Compute, compute
 
 
 def run_worker(
@@ -104,8 +107,8 @@ def _take_part(link: NodeLink, hello: Hello, states: Path | None, allowed: Allow
         folder = states / welcome.run / welcome.identity if states is not None else None
         store = ClientStateStore(folder)
         core = Worker(setup, welcome.run, hello.node, hello.clients, store, version_0)
-    port = LinkedWorker(link, store)
-    work_until_over(WorkerDriver(core, setup, device, port), port)
+    port = LinkedWorker(link, store, functools.partial(compute, setup=setup, device=device))
+    work_until_over(WorkerDriver(core, setup, port).handle, link, port.log)
 
 
 class LinkedWorker:
@@ -114,31 +117,38 @@ class LinkedWorker:
     Args:
         link: admitted by the broker.
         store: of the clients' states.
+        compute: trains and evaluates.
         log: of this node.
     """
 
     def __init__(
-        self, link: NodeLink, store: ClientStateStore, log: FilteringBoundLogger | None = None
+        self,
+        link: NodeLink,
+        store: ClientStateStore,
+        compute: Compute,
+        log: FilteringBoundLogger | None = None,
     ) -> None:
         self.link, self.log = link, log or structlog.get_logger()
         self.post, self.done, self.pause, self.away = link.post, link.done, link.pause, link.away
-        self.save = store.put
+        self.save, self.compute = store.put, compute
         self.now = time.perf_counter
 
 
-def work_until_over(driver: WorkerDriver, port: LinkedWorker) -> NoReturn:
-    """Handle tasks one after the other.
+def work_until_over(
+    handle: Callable[[Delivery], None], link: NodeLink, log: FilteringBoundLogger
+) -> NoReturn:
+    """Handle deliveries one after the other, with `WorkerDriver.handle` or in another way.
 
     Raises:
         RunOver: at the end of the run.
         BrokerError, NodeError, ReturnedError: as in `run_worker`.
     """
-    link, repeats = port.link, Repeats()
+    repeats = Repeats()
     while True:
         delivery = link.get()
         if delivery.message.kind == "refused":
-            log_rejected(delivery.message, repeats, port.log)
-        driver.handle(delivery)
+            log_rejected(delivery.message, repeats, log)
+        handle(delivery)
 
 
 def _check_problem(setup: Setup, clients: Sequence[tuple[int, int]], device: str) -> None:

@@ -7,7 +7,7 @@ bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fedmq.algorithms.problems.base import Problem
 from fedmq.algorithms.rng import seeded
@@ -19,6 +19,27 @@ from fedmq.nodes.messages.metrics import within
 from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
+
+Compute = Callable[[Train | Evaluate], Trained | Evaluated]
+
+
+class RemoteError(Exception):
+    """A user's code raised an error in a process that trains for this one.
+
+    Attributes:
+        name: name of the exception's type there.
+        reason: type and text of the exception, as `described` returns them.
+        code: code of the reason, see `fedmq.broker.rejections.Code`.
+        where: file and line of the user's code that raised it, or "".
+    """
+
+    def __init__(self, text: str, name: str, reason: str, code: str, where: str) -> None:
+        super().__init__(text)
+        self.name, self.reason, self.code, self.where = name, reason, code, where
+
+
+class RemoteReturnedError(RemoteError, ReturnedError):
+    """A method returned an unusable value in a process that trains for this one."""
 
 
 def compute(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Evaluated:
@@ -33,7 +54,7 @@ def compute(action: Train | Evaluate, setup: Setup, device: str) -> Trained | Ev
     """
     with exits_as_errors(), seeded(action.seed, device):
         if isinstance(action, Train):
-            client = action.at(setup.problem, device)
+            client = action.at(setup, device)
             found = setup.algorithm.train(action.task, client)
             payload, local = result_of(found, f"{type(setup.algorithm).__name__}.train")
             return Trained(payload, local, 0.0, kind_of(device))

@@ -180,7 +180,7 @@ class Fleet:
         task = Delivery(self.given, 0.0, over_the_wire(message), dict(enumerate(data)))
         (train,) = worker.handle(task)
         assert isinstance(train, Train)
-        at = train.at(self.setup.problem, "cpu")
+        at = train.at(self.setup, "cpu")
         sent = result_of(self.setup.algorithm.train(train.task, at), "train")
         post = posted(worker, worker.handle(Trained(*sent, 0.0)), self.keep)
         return post.message, post.data

@@ -177,6 +177,7 @@ def test_images_go_with_their_labels():
         ({"clients": 0}, "problem.clients: expected at least 1"),
         ({"examples": 7}, "problem.examples: expected at least 8, got 7"),
         ({"partition": "shard"}, "problem.partition: "),
+        ({"partition": "bootstrap(9)"}, "problem.partition: expected a partition without repl"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_its_name(options, message):

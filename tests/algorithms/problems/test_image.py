@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from fedmq.algorithms.errors import ProblemError
-from fedmq.algorithms.problems import ImageClassification, datasets, image
+from fedmq.algorithms.problems import Examples, ImageClassification, Problem, datasets, image
 from fedmq.algorithms.problems.data_files import data_root
 
 
@@ -235,3 +235,35 @@ def test_public_examples_are_in_no_clients_own():
 
 def test_a_problem_says_what_its_examples_are():
     assert (problem().shape, problem().classes) == ((1, 28, 28), 10)
+
+
+def test_a_bootstrap_has_more_clients_than_examples_and_reads_none_ahead(monkeypatch):
+    p = problem(partition="bootstrap(30)", clients=1_000_000, examples=200)
+    assert (p.most_examples, len(p.client(999_999))) == (30, 30)
+    assert torch.equal(p.client(7).x, p.client(7).x)
+    assert p.client(7).x.data_ptr() != p.client(7).x.data_ptr()  # not kept
+    monkeypatch.setattr(image, "load_dataset", None)
+    assert problem(partition="bootstrap(30)", clients=10**6).client_size(5) == 30
+
+
+@pytest.mark.parametrize("partition", ["dirichlet(0.3)", "bootstrap(40, 0.3)"])
+def test_the_size_and_the_labels_of_a_client_are_those_of_its_examples(partition):
+    p = problem(partition=partition, clients=20)
+    for index in (0, 19):
+        y = p.client(index).y
+        assert p.client_size(index) == len(y)
+        assert p.label_position(index) == pytest.approx(y.double().mean().item() / 9)
+        assert Problem.label_position(p, index) == pytest.approx(p.label_position(index))
+    with pytest.raises(ProblemError, match="expected a client from 0 to 19, got 20"):
+        p.client_size(20)
+
+
+def test_a_class_with_data_of_its_own_does_not_inherit_their_sizes():
+    class Halved(ImageClassification):
+        def client(self, index):
+            whole = super().client(index)
+            return Examples(whole.x[::2], whole.y[::2])
+
+    p = Halved("mnist-mini", "cnn-mnist", 10, "iid", 0)
+    assert p.client_size(0) == len(p.client(0)) == 250
+    assert p.most_examples == Problem.most_examples.fget(p)

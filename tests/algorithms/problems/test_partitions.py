@@ -223,6 +223,9 @@ def test_by_writer_without_writers_names_the_remedy():
         ),
         ("unbalanced(-1)", "sigma: expected a number greater than or equal to 0, got -1"),
         ("unbalanced(sigma=True)", "sigma: expected a number, got True"),
+        ("bootstrap", "missing a required argument: 'size'"),
+        ("bootstrap(0)", "size: expected a number greater than or equal to 1"),
+        ("bootstrap(5, 0)", "alpha: expected a number greater than 0"),
         ("iid(3)", "too many positional arguments"),
         ("shard(2)", r"unknown partition 'shard' \(did you mean 'shards'\?\)"),
     ],
@@ -231,6 +234,37 @@ def test_a_bad_parameter_is_refused_when_the_spec_is_read(spec, message):
     """Before any data are read."""
     with pytest.raises(SpecError, match=message):
         build(spec, PARTITIONS, "partition")
+
+
+def test_bootstrap_draws_for_each_client_with_replacement():
+    labels = balanced(50)
+    parts = deal("bootstrap(100)", labels, 1_000_000)
+    assert len(parts) == 1_000_000
+    chosen = [parts[each] for each in (0, 1, 999_999)]
+    assert all(len(part) == 100 and part.dtype == np.int64 for part in chosen)
+    assert all((np.diff(part) >= 0).all() and (np.diff(part) == 0).any() for part in chosen)
+    assert not np.array_equal(chosen[0], chosen[1])
+    np.testing.assert_array_equal(parts[-1], chosen[2])
+    counts = np.bincount(np.concatenate(parts[:500]), minlength=50)
+    assert counts.min() > 0.8 * counts.mean()
+    with pytest.raises(IndexError):
+        parts[1_000_000]
+
+
+def test_a_bootstrapped_client_depends_on_its_number_alone():
+    labels = balanced(50)
+    for spec in ("bootstrap(20)", "bootstrap(20, 0.5)"):
+        few, many = deal(spec, labels, 3), deal(spec, labels, 5000)
+        np.testing.assert_array_equal(few[2], many[2])
+        assert not np.array_equal(few[2], deal(spec, labels, 3, seed=1)[2])
+
+
+def test_bootstrap_with_a_small_alpha_gives_few_classes():
+    labels = balanced(1000)
+    skewed, even = (deal(f"bootstrap(100, {alpha})", labels, 200) for alpha in (0.1, 1000))
+    assert mean_share_of_the_top_class(skewed, labels) > 0.5
+    assert mean_share_of_the_top_class(even, labels) < 0.2
+    assert {len(part) for part in skewed} == {100}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Key files and the brokers that a user's nodes know."""
 
+import errno
 import os
 
 import pytest
@@ -145,3 +146,18 @@ def test_a_public_file_that_is_missing_is_written_from_the_key(folder):
     with pytest.raises(AccessError, match="exists"):
         new_key(folder, "node")
     assert (folder / "node.pub").read_text() == f"{pair.public}\n"
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_key_is_written_where_there_are_no_hard_links(tmp_path, monkeypatch, code):
+    def link(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(private_files.os, "link", link)
+    folder = tmp_path / "keys"
+    pair = new_key(folder, "node")
+    assert read_key(folder, "node") == pair
+    with pytest.raises(AccessError, match="exists"):
+        new_key(folder, "node")
+    assert read_key(folder, "node") == pair
+    assert not [*folder.glob(".*")]

@@ -47,7 +47,8 @@ def test_runs(limited):
     assert len(bench.core._mailboxes.runs) == 2
     assert rejected(bench, bench.join("b", "aggregator", "s2", run="b")) is None
     bench.tell(b"b:s2", RunEnded())
-    assert over(bench, bench.join("c", "aggregator", run="c"), "runs"), "one after another"
+    code, reason = rejected(bench, bench.join("c", "aggregator", run="c"))
+    assert (code, reason[-32:]) == ("limit", "; start this one again after 1 s")
     bench.now += 10.0
     assert rejected(bench, bench.join("c", "aggregator", run="c")) is None
 
@@ -118,13 +119,18 @@ def test_connections_that_wait_for_a_run(new_bench):
     bench = new_bench(limits=Limits(waiting=2))
     for name in ("w1", "w2", "w1"):
         assert isinstance(bench.take(bench.join(name))[0], Wait)
-    assert over(bench, bench.join("w3"), "waiting")
+    [answer] = bench.take(bench.join("w3"))
+    assert (answer.crowded, "broker.limits.waiting" in answer.reason) == (True, True)
     # One that does not repeat its Hello is gone.
     bench.now = 5.0
     bench.join("w2")
     bench.now = 12.0
-    assert isinstance(bench.take(bench.join("w3"))[0], Wait)
-    assert over(bench, bench.join("w4"), "waiting")
+    assert not bench.take(bench.join("w3"))[0].crowded
+    assert bench.take(bench.join("w4"))[0].crowded
+    assert [each.level for each in bench.logs] == ["warning"], "once a minute"
+    # A run makes room for all: each node says Hello again.
+    bench.joined("agg", "aggregator")
+    assert isinstance(bench.take(bench.join("w4"))[0], Welcome)
 
 
 def test_what_waits_takes_little_memory(new_bench):
@@ -191,7 +197,9 @@ def test_a_flood_of_hellos_and_goodbyes_does_not_fill_the_inbox(bench):
     for number in range(500):
         peer = bench.join("w1", session=f"s{number}")
         if number >= JOINS_AT_ONCE:
-            assert over(bench, peer, "joins_per_s")
+            code, reason = rejected(bench, peer)
+            assert (code, "joins_per_s" in reason) == ("limit", True)
+            assert reason.endswith("start it again after 1 s")
         bench.say(peer, Goodbye())
     assert joins(bench) == 1 + 2 * JOINS_AT_ONCE
     # The rate of this name is its own.

@@ -24,6 +24,10 @@ def room(bench):
     return bench
 
 
+def warned(room):
+    return [each.fields["limit"] for each in room.logs if "limit" in each.fields]
+
+
 def post(room, peer, *blobs, text=""):
     """Post a note to the record; its blobs do not come with it."""
     name = peer.decode().partition(":")[0]
@@ -110,3 +114,14 @@ def test_bytes_are_counted_by_owner_until_their_segment_is_deleted(tmp_path):
     assert index.usage.of("r", "a") == (of_a, of_run)
     index.remove_segment(0)
     assert index.usage.of("r", "a") == (0, 0)
+
+
+def test_a_warning_is_logged_once_when_nine_tenths_are_used(room):
+    post(room, W1, Blob(digest(b"one"), 2_690_000))
+    assert not warned(room)
+    post(room, W1, Blob(digest(b"two"), 20_000))
+    post(room, W1, Blob(digest(b"three"), 20_000))
+    assert warned(room) == ["broker.limits.node_disk"]
+    post(room, W2, Blob(digest(b"four"), 2_000_000))
+    assert warned(room) == ["broker.limits.node_disk", "broker.limits.run_disk"]
+    assert not room.refusals()

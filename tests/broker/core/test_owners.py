@@ -166,6 +166,17 @@ def keyed(bench):
     return bench
 
 
+def test_the_name_of_another_key_is_rejected_with_both_possible_causes(keyed):
+    name = rights(BOB).name
+    [reject] = keyed.take(keyed.join(name, origin=Origin(EVE)))
+    assert reject.code == "name"
+    assert reject.reason == (
+        f"the name {name!r} is that of another authorised key; this one is {rights(EVE).name}: "
+        "set another name with --name or, if this node uses the wrong key, choose the right one "
+        "with --key or --keys"
+    )
+
+
 def test_with_keys_the_key_is_the_owner_whatever_secret_comes_with_it(keyed):
     assert [body["owner"] for _, body in keyed.said("joined")] == [ANN, BOB]
     thief = keyed.join("w1", session="2", origin=Origin(EVE))  # with the secret of w1

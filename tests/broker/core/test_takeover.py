@@ -14,6 +14,7 @@ from fedmq.broker.wire.schema import (
 )
 
 AGG = b"agg:00"
+TAKEN_OVER = "a newer session has taken over. Two nodes need two names: set one with --name"
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_a_newer_session_of_the_same_key_takes_over_at_once(room):
     old = b"w:00"
     [task] = room.take(old, Deliver)
     new = start(room, 1)
-    assert room.take(old) == [Reject(code="replaced", reason="a newer session has taken over")]
+    assert room.take(old) == [Reject(code="replaced", reason=TAKEN_OVER)]
     assert isinstance(room.sent[new][0][0], Welcome)
     assert room.texts(new) == ["task"]
     kinds = [(kind, body["session"]) for kind, body in room.said() if body["node"] == "w"]
@@ -69,9 +70,21 @@ def test_an_older_session_does_not_take_the_name_back(room):
     new = start(room, 5)
     room.take(new)
     [reject] = room.take(start(room, 4))
-    assert (reject.code, reject.reason) == ("replaced", "a newer session of 'w' is connected")
+    assert reject.code == "replaced"
+    assert reject.reason.startswith("a newer session of 'w' is connected; ")
     room.say(new, Heartbeat())
     assert isinstance(room.take(new)[0], Heartbeat)
+
+
+def test_a_clock_that_is_behind_is_named_as_a_cause(room):
+    first, second = (f"{1_764_000_000_000_000_000 + each:016x}-a" for each in (0, -90_000_000_000))
+    room.joined("late", session=first, key="k")
+    [reject] = room.take(room.join("late", session=second, key="k"))
+    assert reject.reason == (
+        "a newer session of 'late' is connected; if this one was started later, its host's clock "
+        "is 90 s behind: correct it, or start this node again after that time. Two nodes need two "
+        "names: set one with --name"
+    )
 
 
 def test_an_aggregator_that_was_started_again_finds_its_inbox_as_it_was(room):

@@ -172,6 +172,11 @@ def test_the_time_of_a_suspension_does_not_count_as_waiting():
             "the broker at E has no run for this node yet; waiting for run c for 9 s",
         ),
         (
+            OutOfTouch(9.0, Wait(reason="at most 3 (limit)", crowded=True), admitted=False),
+            "c",
+            "the broker at E lets no more nodes wait for 9 s, trying again: at most 3 (limit)",
+        ),
+        (
             OutOfTouch(9.0, StorageFull(reason="no space"), admitted=True),
             "c",
             "has not been able to write for 9 s: no space",

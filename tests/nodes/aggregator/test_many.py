@@ -31,42 +31,55 @@ def about(kind, node, *, re=None, sender="broker", **body):
 @pytest.mark.parametrize("seed", range(10))
 def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
     dice = random.Random(seed)  # noqa: S311 - a test's own dice
-    members = Members()
+    members = Members(CLIENTS)
     tasks = Tasks(SETUP, members, Progress(SETUP, 0))
     state = SETUP.algorithm.start(SETUP.problem)
     current = VersionBuffer(SETUP, state, 0, 0)
+    tasks.begin_version(current)
     names = iter(range(10_000))
     for _ in range(400):
         node = dice.randrange(6)
         low = dice.randrange(CLIENTS)
-        match dice.randrange(8):
+        match dice.randrange(9):
             case 0:
                 ends = [low, min(low + dice.randrange(8), CLIENTS - 1)]
-                members.joined(about("joined", f"w{node}", clients=[ends]))
+                message = about("joined", f"w{node}", clients=[ends])
+                tasks.came_back(members.joined(message))
             case 1:
-                members.left(about("left", f"w{node}"))
+                tasks.went_away(members.left(about("left", f"w{node}")))
             case 2:
                 current = VersionBuffer(SETUP, state, current.version + 1, 0)
-                tasks.begin_version()
+                tasks.begin_version(current)
             case 3:
                 tasks.past_deadline(dice.randint(0, current.version))
             case 4 if tasks.in_flight:
                 name = dice.choice(sorted(tasks.in_flight))
                 client = tasks.in_flight[name].client
-                node = members.hosts.get(client, tasks.in_flight[name].node)
+                node = members.hosts.get(client) or tasks.in_flight[name].node
                 tasks.answered(about("result", node, re=name, sender=node))
                 if dice.random() < 0.5:
                     current.contributed.add(client)
                 else:
-                    tasks.freed()
+                    tasks.freed(client)
             case 5:
                 tasks.resume(dict(tasks.in_flight))
+            case 6:
+                ranges = (
+                    dice.sample(members.hosts.ranges_of(f"w{node}"), 1)
+                    if (members.hosts.ranges_of(f"w{node}"))
+                    else []
+                )
+                moved = {name: ranges for name in ("back", "away") if dice.random() < 0.6}
+                message = about("availability", f"w{node}", sender=f"w{node}", **moved)
+                back, away = members.availability(message)
+                tasks.came_back(members.came_back(back))
+                tasks.went_away(members.went_away(away))
             case _:
                 before = current.draws
                 count = dice.randrange(4)
                 found = tasks.draw(count, current)
                 busy = {each.client for each in tasks.in_flight.values()} | current.contributed
-                idle = sorted(set(members.hosts) - busy)
+                idle = sorted(set(members.reachable.all().tolist()) - busy)
                 if 0 < count < len(idle):
                     assert current.draws == before + 1
                     rng = derive_rng(SETUP.config.run.seed, "cohort", current.version, before)
@@ -74,13 +87,16 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
                 else:
                     assert found == (idle if count else [])
                 for client in found:
-                    tasks.sent(f"aggregator/{next(names)}", client, current.version)
+                    name = f"aggregator/{next(names)}"
+                    tasks.sent(name, client, current.version)
+                    current.sent(name)
         view = tasks.view(current)
-        expected = [each for each in tasks.in_flight.values() if each.client in members.hosts]
+        expected = [each for each in tasks.in_flight.values() if each.client in members.reachable]
         ours = [
             each for each in expected if each.version == current.version and not each.past_deadline
         ]
         assert (view.in_flight, view.outstanding) == (len(expected), len(ours))
+        assert not [*tasks.faults(current), *members.faults()]
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -7,9 +7,11 @@ import pytest
 
 from fedmq.algorithms.schedules import Schedule
 from fedmq.broker.link.events import PostMessage
+from fedmq.broker.wire.schema import Message
 from fedmq.nodes.aggregator.checkpoint import Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
+from fedmq.nodes.aggregator.fleet import Fleet as Members
 from fedmq.nodes.aggregator.progress import Failures, Progress, failures_allowed
 from fedmq.nodes.messages.actions import EndRun, Start
 from tests.algorithms.fleet import Fleet, changed, make_setup
@@ -247,11 +249,14 @@ def test_the_next_session_counts_on_and_says_the_same(schedule):
 
 def test_the_clock_of_a_broker_may_be_set_back():
     progress = Progress(make_setup(SCHEDULES["stream"], clients=1), 1)
-    hosts = {0: "w0"}
+    fleet = Members(1)
+    body = {"node": "w0", "role": "worker", "clients": [[0, 0]]}
+    about = {"id": "broker/0", "run": "run", "sender": "broker", "to": "aggregator"}
+    fleet.joined(Message(kind="joined", body=body, **about))
     progress.now = 1000.0
     for _ in range(3):
         progress.failed(0, "w0", "training-failed", "no")
-    assert progress.timer(hosts) == 1.0
+    assert progress.timer(fleet) == 1.0
     progress.now = 10.0
-    progress.timer_is_over(hosts)
-    assert progress.waiting(hosts) == set()
+    progress.timer_is_over(fleet)
+    assert progress.skipped(fleet) == ([], [])

@@ -76,7 +76,7 @@ def named(delivery, seq, name):
 
 
 def trained(setup, train):
-    found = setup.algorithm.train(train.task, train.at(setup.problem, "cpu"))
+    found = setup.algorithm.train(train.task, train.at(setup, "cpu"))
     return Trained(*result_of(found, "train"), 0.5)
 
 
@@ -106,7 +106,7 @@ def test_what_is_sent_of_a_structured_update_is_all_of_it(spec, form):
     assert (found - meant).norm() <= 1e-4 * meant.norm()
     free = setup_of("raw", algorithm=FORMS[form])
     (train,) = worker_of(free, client).handle(task)
-    assert train.project is None
+    assert train.at(free, "cpu").project is None
     other = flat(trained(free, train).payload.weights)
     assert (other - meant).norm() > 0.05 * other.norm()
     assert sum(each.nbytes for each in map(memoryview, post.data)) < 4 * meant.numel()

@@ -91,7 +91,7 @@ def send_twice(core):
 
 
 def settle_a_held_result(core):
-    core._results.current.settled = 4
+    core._results.current._held_positions.clear()
 
 
 def hold_for_a_stranger(core):
@@ -113,7 +113,9 @@ def make_a_task_of_the_next_version(core):
 
 
 def send_without_order(core):
-    core._results.current.order.remove(outstanding(core)[0])
+    name, _ = outstanding(core)
+    core._results.current.order.remove(name)
+    del core._results.current._positions[name]
 
 
 def answer_and_keep(core):
@@ -121,7 +123,7 @@ def answer_and_keep(core):
 
 
 def miscount(core):
-    core._tasks._in_flight += 1
+    core._tasks.num_in_flight += 1
 
 
 def return_a_lost_task(core):
@@ -163,7 +165,7 @@ def wait_without_failure(core):
 
 
 def host_a_stranger(core):
-    core._fleet.hosts[9] = "w0"
+    core._fleet.hosts.assign(9, 9, "w0")
 
 
 FAULTS = {
@@ -197,7 +199,7 @@ FAULTS = {
     keep_scores: r"versions \[0\] wait for scores, but every client has answered",
     drop_more_than_failed: "1 of 0 failures in a row are drop-outs",
     wait_without_failure: "0 has 0 back-offs after 0 failures",
-    host_a_stranger: r"clients \[9\] have a host, but the run has 4 clients",
+    host_a_stranger: r"clients \[\(9, 9\)\] have a host, but the run has 4 clients",
 }
 
 

@@ -37,16 +37,16 @@ def test_a_cohort_adds_its_results_in_order_and_does_not_wait_for_lost_ones():
         buffer.sent(name)
     for client in (2, 1):
         assert buffer.add(results[client], client, 0).outcome is Outcome.HELD
-    assert not list(buffer.add_held({names[0]}, {names[0]}.__contains__))
+    assert not list(buffer.add_held({names[0]}.__contains__))
     assert (buffer.num_results, buffer.view().results, buffer.contributed) == (0, 2, {1, 2})
-    added = list(buffer.add_held({names[0]}, lambda _: False))  # client 0 has left
+    added = list(buffer.add_held(lambda _: False))  # client 0 has left
     assert [(each.client, each.outcome) for each in added] == [
         (1, Outcome.USED),
         (2, Outcome.USED),
     ]
-    assert buffer.settled == 0  # client 0 may come back
+    buffer.expect(names[0])  # client 0 is back
     assert buffer.add(results[0], 0, 0).outcome is Outcome.HELD
-    assert [each.client for each in buffer.add_held((), {}.__contains__)] == [0]
+    assert [each.client for each in buffer.add_held({}.__contains__)] == [0]
     assert buffer.is_ready(buffer.view())
     assert buffer.facts()["results"] == 3
 
@@ -57,7 +57,7 @@ def test_a_held_result_that_cannot_be_decoded_frees_its_client():
     buffer.sent(result.message.re)
     short = Delivery(1, 1.0, result.message, {0: b""})
     assert buffer.add(short, 0, 0).outcome is Outcome.HELD
-    (added,) = buffer.add_held((), {}.__contains__)
+    (added,) = buffer.add_held({}.__contains__)
     assert (added.outcome, added.why.code) == (Outcome.REJECTED, Code.UNDECODABLE)
     assert not buffer.contributed
 
@@ -84,7 +84,7 @@ def test_in_the_recorded_order_no_result_is_held_and_the_commit_is_the_same():
         ordered.sent(result.message.re)
         ordered.add(result, client, 0)
         assert recorded.add(result, client, 0).outcome is Outcome.USED
-    assert len(list(ordered.add_held((), {}.__contains__))) == 3
+    assert len(list(ordered.add_held({}.__contains__))) == 3
     one, other = (ROUNDS.algorithm.tensors(each.commit()) for each in (ordered, recorded))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

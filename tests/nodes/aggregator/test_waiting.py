@@ -90,9 +90,9 @@ def test_a_round_goes_on_without_those_who_wait():
 
 def test_a_run_that_has_not_begun_waits_for_those_who_have_not_come():
     fleet = Fleet(make_setup(SCHEDULES["rounds"], clients=4), join=False)
-    assert fleet.core.missing_clients() == [0, 1, 2, 3]
+    assert fleet.core.missing_clients() == [(0, 3)]
     fleet.join(2)
-    assert fleet.core.missing_clients() == [0, 1, 3]
+    assert fleet.core.missing_clients() == [(0, 1), (3, 3)]
     for k in (0, 1, 3):
         fleet.join(k)
     assert fleet.core.missing_clients() == []
@@ -105,7 +105,7 @@ def test_a_run_waits_midway_only_when_nobody_who_is_here_can_bring_a_result():
     assert fleet.core.missing_clients() == []
     while fleet.tasks[0][0].body["client"] != 3:
         fleet.hear(*fleet.work(*fleet.tasks.pop(0)))
-    assert fleet.core.missing_clients() == [3]
+    assert fleet.core.missing_clients() == [(3, 3)]
     fleet.join(3)
     assert fleet.core.missing_clients() == []
 

@@ -23,7 +23,11 @@ from fedmq.nodes.run.devices import choose_device
         ("algorithms", ["fedavg", "fedprox", "fedsgd", "mu=0.01", "buffered, rounds, stream"]),
         ("schedules", ["rounds", "buffered", "stream", "hinge(a, b)", "inverse_sqrt"]),
         ("codecs", ["raw", "cast(dtype)"]),
-        ("problems", ["mnist-mini", "cinic10", "2nn", "dirichlet(alpha", "by_writer"]),
+        (
+            "problems",
+            ["mnist-mini", "cinic10", "2nn", "dirichlet(alpha", "by_writer", "bootstrap("],
+        ),
+        ("distributions", ["lognormal(median, sigma)", "pareto(shape, scale=1.0", "choice"]),
     ],
 )
 def test_list_shows_all_choices(what: str, words: list[str]) -> None:
@@ -67,7 +71,7 @@ def test_a_node_by_itself_is_set_up_as_in_a_cluster(tmp_path, monkeypatch, comma
         CliRunner().invoke(main, command, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("what", ["algorithms", "codecs", "problems", "schedules"])
+@pytest.mark.parametrize("what", ["algorithms", "codecs", "distributions", "problems", "schedules"])
 @pytest.mark.parametrize("columns", [20, 80, 200])
 def test_lists_fit_the_terminal_and_break_no_name(what: str, columns: int) -> None:
     found = list(lines(what, columns))
@@ -93,8 +97,8 @@ def test_a_list_shows_defaults_as_a_run_s_file_has_them() -> None:
 
 
 MISTAKES = [
-    (["list"], "list: expected one of algorithms, codecs, problems, schedules"),
-    (["list", "nodes"], "list: expected one of algorithms, codecs, problems, schedules, got 'n"),
+    (["list"], "list: expected one of algorithms, codecs, distributions, problems, sch"),
+    (["list", "nodes"], "list: expected one of algorithms, codecs, distributions, problems, sche"),
     (["lst"], "there is no command 'lst' (did you mean 'list'?); choose from aggregator, broker"),
     (["xyzxyz"], "there is no command 'xyzxyz'; choose from aggregator, broker, "),
     (["trace", "lss"], "trace: there is no command 'lss' (did you mean 'ls'?); choose from diff"),

@@ -77,8 +77,9 @@ class Story:
         self.add(Accepted, message=encode_message(message))
         self.say("score", "evaluator", "aggregator/e", metrics={"accuracy": value})
 
-    def close(self, ended: str = "") -> None:
+    def close(self, ended: str = "", **about: bool) -> None:
         if ended:
+            self.say("finished", reason=ended, **about)
             self.add(Ended, run="r", reason=ended)
         self.ledger.close()
 
@@ -231,6 +232,31 @@ def test_a_target_that_was_reached_ends_it_and_another_one_must_be_ahead(tmp_pat
             goes_on(folder, **more)
     for more in ({"run__target_accuracy": 0.7}, {"run__target_accuracy": "none"}):
         assert goes_on(folder, **more) is not None
+
+
+@pytest.mark.parametrize(
+    ("limit", "raised"),
+    [({"patience": 2}, {"run__patience": 3}), ({"max_wall_s": 1.0}, {"run__max_wall_s": 50.0})],
+)
+def test_a_limit_that_ended_a_run_must_be_raised(tmp_path, limit, raised) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    given = {**GIVEN, "run": {**GIVEN["run"], **limit}}
+    write_config(folder, completed(build(given)), BEGUN)
+    story = Story(folder, build(given))
+    story.versions(4)
+    for accuracy in (0.5, 0.25, 0.5):
+        story.accuracy(accuracy)
+    story.at += 3.0
+    story.close("the limit")
+    assert goes_on(folder) is None
+    (key,) = limit
+    with pytest.raises(ConfigError, match=rf"run\.{key}: expected more than run r in .* has used"):
+        goes_on(folder, run__versions=20)
+    for more in (raised, {f"run__{key}": "none"}):
+        found = goes_on(folder, **more)
+        assert found is not None
+        assert found.further
 
 
 @pytest.mark.parametrize(
@@ -459,6 +485,7 @@ def test_what_an_end_left_in_hand_is_in_no_version_that_comes_later(tmp_path) ->
     story.at += 500.0
     more = story.say("continued", "broker", config=config, further=True, stopped_s=499.0)
     story.say("version", version=2, position=more, **counts)
+    story.say("finished", reason="more")
     story.add(Ended, run="r", reason="more", nodes={"w": {"sent_bytes": 6, "received_bytes": 8}})
     story.close()
     history = runs_of(read_entries(tmp_path / "ledger"), BEGUN)["r"]
@@ -495,6 +522,17 @@ def test_a_run_that_has_ended_is_shown_and_nothing_is_started(tmp_path) -> None:
     assert "run r has ended" in result.output
     assert json.loads((folder / "summary.json").read_text())["versions"] == 10
     assert set(folder.rglob("*")) - set(before) == {folder / "summary.json"}
+
+
+def test_a_run_that_failed_after_its_last_version_is_shown_with_the_exit_code_1(tmp_path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_config(folder, completed(build(GIVEN)), BEGUN)
+    story = Story(folder)
+    story.versions(10)
+    story.close("fedavg raised ValueError", failed=True)
+    result = CliRunner().invoke(main, ["cluster", "--run", str(folder)])
+    assert (result.exit_code, "failed" in result.output) == (1, True), result.output
 
 
 def test_a_broker_for_a_run_that_has_ended_ends_at_once_with_its_summary(tmp_path) -> None:

@@ -212,6 +212,10 @@ def checked(workers=(), **tables):
             {"run": {"target_accuracy": 0.9, "evaluate_every": 0}},
             "run.evaluate_every: expected at least 1 because run.target_accuracy is set",
         ),
+        (
+            {"run": {"patience": 3, "evaluate_every": 0}},
+            "run.evaluate_every: expected at least 1 because run.patience is set",
+        ),
         ({"worker": {"drop": 1.0}}, "worker.drop: expected less than 1, got 1"),
         ({"run": {"failures": 0}}, "run.failures: expected a number greater than or equal to 1"),
     ],

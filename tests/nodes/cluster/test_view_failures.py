@@ -10,7 +10,8 @@ from rich.console import Console
 from fedmq.nodes.cluster import view
 from fedmq.nodes.cluster.console import SupervisorConsole
 from fedmq.nodes.cluster.view import LiveView, closing_table
-from fedmq.nodes.history.run import CurvePoint, RunHistory
+from fedmq.nodes.history.curve import CurvePoint
+from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run_folder.summary import summary_of
 
 

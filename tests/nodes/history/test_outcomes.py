@@ -385,6 +385,7 @@ def test_a_metric_that_is_not_finite_is_null_and_listed_in_the_summary(story, tm
     read = json.loads(to_strict_json(summary), parse_constant=pytest.fail)
     assert read["metrics"] == {"accuracy": None, "loss": None, "mae": 0.25}
     assert [point["loss"] for point in read["curve"]] == [None, None]
+    assert [point["metrics"] for point in read["curve"]] == [{"mae": 0.25}, {"mae": 0.25}]
     assert "nan% (best 50.00%)" in shown(closing_table(summary))
 
 

@@ -1,5 +1,7 @@
 """The read model: where tasks are, at each entry and at the end; several runs in one ledger."""
 
+from pathlib import Path
+
 import pytest
 
 from fedmq.broker.ledger.entries import Accepted, Consumed, Opened
@@ -19,6 +21,8 @@ from fedmq.nodes.simulation.virtual_run import Chances, Simulation
 from tests.nodes.history.test_outcomes import CONFIG, Story
 from tests.nodes.trace import story as written
 from tests.sim.history import setup_of
+
+TRACES = Path(__file__).parents[2] / "golden/traces"
 
 
 @pytest.fixture
@@ -212,3 +216,25 @@ def check_staleness(ledger):
             assert total - before == pytest.approx(body["mean_staleness"] * body["results"])
             before = total
     assert history.outcomes.staleness.total() == history.outcomes.used
+
+
+def test_an_end_without_the_aggregators_record_is_a_failure(story):
+    summary = story.end()
+    assert summary["status"] == "failed"
+    assert summary["ended"] == (
+        "enough; failed: the ledger lacks the aggregator's record of this end"
+    )
+    story.feed("continued", "broker", config=CONFIG, further=True, stopped_s=1.0)
+    assert (story.history.status, story.history.failed) == ("interrupted", False)
+
+
+def test_a_failed_run_that_is_resumed_before_the_broker_has_recorded_its_end_stays_failed(story):
+    story.feed("finished", "aggregator", to="checkpoint", reason="no answer", failed=True)
+    story.feed("continued", "broker", config=CONFIG, further=False, stopped_s=1.0)
+    assert story.end()["status"] == "failed"
+
+
+@pytest.mark.parametrize("trace", sorted(TRACES.glob("*/*/")), ids=lambda each: each.name)
+def test_recorded_runs_keep_their_status(trace):
+    (history,) = runs_of(read_entries(trace / "ledger")).values()
+    assert (history.status, history.failed) == ("finished", False)

@@ -1,11 +1,14 @@
 """Which keys a node uses: those given, those stored, and those that it joins with."""
 
+import errno
 import io
+import os
 import stat
 
 import pytest
 from structlog.testing import capture_logs
 
+from fedmq.broker.access import private_files
 from fedmq.broker.access.curve import KeyPair, NodeKeys
 from fedmq.broker.access.invites import InviteToken
 from fedmq.broker.access.key_files import known_brokers, new_key, read_key
@@ -241,6 +244,24 @@ def test_what_has_another_key_than_the_invites_broker_is_not_joined(folder, tmp_
         connect(join_file=str(path))
     with pytest.raises(ConfigError, match="the invite is for a broker with another key"):
         connect(join_file=str(path), broker_key=KeyPair.new().public)
+
+
+def test_an_invite_is_not_used_up_if_the_brokers_key_cannot_be_stored(
+    folder, tmp_path, handed_in, monkeypatch
+):
+    """As when the node's key is mounted read-only."""
+    new_key(folder, "node")
+    _, path = an_invite(tmp_path)
+
+    def read_only(path, flags, mode=0o777):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return os.open(path, flags, mode)
+
+    monkeypatch.setattr(private_files, "open_file", read_only)
+    with pytest.raises(AccessError, match=r"read-only file system: .* not used; .* --keys DIR"):
+        connect(join_file=str(path))
+    assert handed_in == []
 
 
 def test_a_node_may_start_before_its_broker(folder, tmp_path, handed_in):

@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 from fedmq.broker.access.key_files import new_key
+from fedmq.broker.errors import AccessError
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.keys import serving
 from fedmq.nodes.keys.serving import broker_keys, how_to_connect, unused_keys
@@ -48,6 +49,16 @@ def test_what_contradicts_itself_or_is_missing_is_one_sentence(folder, tmp_path)
     with pytest.raises(ConfigError) as caught:
         broker_keys([HERE], other, insecure=False)
     assert f"`fedmq keys new broker --keys '{other}'`" in str(caught.value)
+
+
+def test_a_users_folder_that_cannot_be_opened_is_named_with_what_to_do(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(file))
+    assert unused_keys() == ""
+    assert broker_keys([HERE], None, insecure=False) is None
+    with pytest.raises(AccessError, match=r"not a directory\. .*--keys DIR .*--insecure"):
+        broker_keys([ALL], None, insecure=False)
 
 
 @pytest.mark.parametrize(

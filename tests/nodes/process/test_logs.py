@@ -122,3 +122,15 @@ def test_a_name_from_another_node_does_not_control_the_terminal(capsys):
     assert all(line.isprintable() for line in lines)
     assert lines[0].split("peer_node=")[1].startswith(r"\x1b[2J\x1b]0;title\x07")
     assert "n\u00f6de" in lines[4]
+
+
+def test_the_last_suppressed_lines_are_counted_at_the_end(tmp_path):
+    path = tmp_path / "node.log"
+    logs.configure(path)
+    for _ in range(int(logs.LINES_PER_S) + 7):
+        structlog.get_logger().info("flood")
+    for _ in range(2):
+        logs.report_suppressed()
+    *_, last = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (last["event"], last["of"], last["lines"]) == ("suppressed log lines", "flood", 7)
+    assert len(path.read_text().splitlines()) == logs.LINES_PER_S + 1

@@ -1,5 +1,6 @@
 """Configuration: defaults, settings, and errors of one clear sentence."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,24 @@ def test_the_error_for_a_key_outside_its_table_names_the_table(tmp_path: Path) -
 
 def test_single_workers_can_have_their_own_slowdown() -> None:
     settings = ["worker.slowdown=2", 'worker.nodes.worker-1={slowdown = "uniform(1, 2)"}']
-    worker = load(None, [*settings, "worker.drop=0.1"]).worker
+    settings.append("worker.drop=0.1")
+    worker = load(None, settings).worker
     assert (worker.straggling("worker-0").slowdown, worker.straggling("worker-0").drop) == (2, 0.1)
     assert worker.straggling("worker-1").slowdown == "uniform(1, 2)"
     assert worker.straggling("worker-1").drop == 0.1
+    # A node reads the configuration that the broker sends: it inherits the same.
+    assert parse(load(None, settings).to_toml()).worker.straggling("worker-1").drop == 0.1
+
+
+def test_a_configuration_can_come_from_standard_input(monkeypatch) -> None:
+    def given(data: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    given(b"[run]\nversions = 3\n")
+    assert load(Path("-"), ["run.seed=5"]).run.versions == 3
+    given(b"[run\n")
+    with pytest.raises(ConfigError, match="standard input is not TOML: line 1"):
+        load(Path("-"))
 
 
 def test_a_slowdown_is_at_least_1() -> None:

@@ -215,7 +215,7 @@ def answers_of(fleet, worker, version_0):
     message, data = fleet.tasks[0]
     node = Worker(fleet.setup, "run", worker, [(0, 1)], version_0=version_0)
     [train] = node.handle(Delivery(7, 0.0, message, dict(enumerate(data))))
-    at = train.at(fleet.setup.problem, "cpu")
+    at = train.at(fleet.setup, "cpu")
     done = Trained(*result_of(fleet.setup.algorithm.train(train.task, at), "train"), 0.0)
     yield posted(node, node.handle(done), lambda _client, kept: kept).message
     message, data = fleet.evaluations[0]
@@ -281,7 +281,7 @@ def test_a_result_saved_by_another_node_names_the_node_that_posts_it():
         worker = Worker(setup, "run", node, [(0, 1)], kept, version_0)
         actions = worker.handle(Delivery(7, 0.0, message, dict(enumerate(data))))
         if isinstance(actions[0], Train):
-            at = actions[0].at(setup.problem, "cpu")
+            at = actions[0].at(setup, "cpu")
             sent = result_of(setup.algorithm.train(actions[0].task, at), "train")
             actions = worker.handle(Trained(*sent, 0.0))
         posts.append(posted(worker, actions, kept.put).message)

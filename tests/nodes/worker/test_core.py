@@ -34,7 +34,7 @@ def worker_of(setup, kept=None, k=0):
 
 def trained(setup, train):
     """Carry out a `Train` action, as the worker's program does."""
-    at = train.at(setup.problem, "cpu")
+    at = train.at(setup, "cpu")
     return Trained(*result_of(setup.algorithm.train(train.task, at), "train"), 0.5)
 
 

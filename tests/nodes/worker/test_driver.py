@@ -51,7 +51,7 @@ def save(value):
 
 def test_a_state_that_cannot_be_encoded_fails_only_its_task(tmp_path, setup):
     core = Core()
-    driver = WorkerDriver(core, setup, "cpu", Port(ClientStateStore(tmp_path).put))
+    driver = WorkerDriver(core, setup, Port(ClientStateStore(tmp_path).put))
     driver.carry_out(save(torch.zeros(2, dtype=torch.complex64)))
     (failed,) = core.events
     assert isinstance(failed, Failed)
@@ -65,5 +65,5 @@ def test_the_end_of_the_link_fails_no_task(setup):
 
     core = Core()
     with pytest.raises(LinkClosed):
-        WorkerDriver(core, setup, "cpu", Port(closed)).carry_out(save(torch.zeros(2)))
+        WorkerDriver(core, setup, Port(closed)).carry_out(save(torch.zeros(2)))
     assert core.events == []

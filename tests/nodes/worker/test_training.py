@@ -1,5 +1,6 @@
 """A replay repeats what a user's code draws from the global generators."""
 
+import functools
 import random
 import re
 from dataclasses import dataclass, replace
@@ -78,6 +79,10 @@ def setup():
     made = make_setup(STREAM, versions=6, evaluate_every=2)
     algorithm = Careless(epochs=1)
     return type(made)(**{**vars(made), "problem": Augmented(), "algorithm": algorithm})
+
+
+def port_of(setup):
+    return AnswerPort(functools.partial(compute, setup=setup, device="cpu"))
 
 
 def actions_of(setup):
@@ -239,8 +244,8 @@ def test_invalid_metrics_end_a_node_at_its_first_evaluation_and_later_fail_one_e
         body = {**packed.body, "model_version": 0}
         message = Message(**about, body=body, blobs=packed.blobs)
         (asked,) = core.handle(Delivery(0, 0.0, message, dict(enumerate(packed.data))))
-        port = AnswerPort()
-        WorkerDriver(core, changed, "cpu", port).carry_out([asked])
+        port = port_of(changed)
+        WorkerDriver(core, changed, port).carry_out([asked])
         return port.answer
 
     problem.metric = None
@@ -269,8 +274,8 @@ def test_an_error_that_is_not_valid_utf_8_fails_only_its_task(setup):
     body = {**packed.body, "client": 0, "model_version": 0}
     message = Message(**about, body=body, blobs=packed.blobs)
     (train,) = core.handle(Delivery(0, 0.0, message, dict(enumerate(packed.data))))
-    port = AnswerPort()
-    WorkerDriver(core, changed, "cpu", port).carry_out([train])
+    port = port_of(changed)
+    WorkerDriver(core, changed, port).carry_out([train])
     assert decode_message(encode_message(port.answer.message)).body["reason"] == (
         "OSError: no such file: photo\\udc80.png"
     )

@@ -13,8 +13,8 @@ from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.wire.schema import Hello, Welcome
 from fedmq.nodes.cli.main import main
 from fedmq.nodes.cli.nodes import default_name
-from fedmq.nodes.cli.trust import allowed_here, user_file
 from fedmq.nodes.errors import ConfigError, NodeError
+from fedmq.nodes.keys.trust import allowed_here, user_file
 from fedmq.nodes.replay.fold import recorded_setup
 from fedmq.nodes.run import session
 from fedmq.nodes.run.config import build, changed, load, parse

@@ -11,21 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
 from fedmq.algorithms.allowed import Allowed, is_module_name
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.process.exception_text import reason_of
 from fedmq.nodes.process.user_folder import user_folder
 from fedmq.nodes.run.toml import read_toml
-
-allow_option = click.option(
-    "--allow",
-    "allow",
-    metavar="MODULE",
-    multiple=True,
-    help="Allow the run's configuration to use code of this module and those below it; repeatable.",
-)
 
 
 def user_file() -> Path | None:

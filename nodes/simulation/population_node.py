@@ -1,0 +1,308 @@
+"""A population node: one session of role worker whose clients are all devices of their own.
+
+A live worker does one task at a time. Here, each client works at its own pace: a task waits for its
+download, for its computation and for its upload, in virtual time, in a greenlet of its own. The
+tasks of one client are done one after the other. Only clients with tasks use memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from msgspec.structs import replace
+from numpy.typing import NDArray
+from structlog.typing import FilteringBoundLogger
+
+from fedmq.broker.errors import LinkClosed, Rejected
+from fedmq.broker.link.events import BlobSource, Delivery
+from fedmq.broker.link.node_link import NodeLink
+from fedmq.broker.virtual.machine import Machine
+from fedmq.broker.virtual.node import VirtualPort
+from fedmq.broker.virtual.validation import validated
+from fedmq.broker.wire.addresses import AGGREGATOR
+from fedmq.broker.wire.schema import Buffer, Hello, Message
+from fedmq.nodes.process.logs import SILENT, Repeats
+from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.simulation.virtual_node import VirtualNode
+from fedmq.nodes.worker.client_state import ClientStateStore
+from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained, Worker
+from fedmq.nodes.worker.driver import Dropped, WorkerDriver
+from fedmq.nodes.worker.program import work_until_over
+
+Ranges = Sequence[tuple[int, int]]
+"""Ranges of clients, both ends included."""
+MOST_RANGES = 1000
+"""Most ranges in one message: a receiver accepts bodies of 1024 items."""
+_SHARED_BLOBS = 32
+"""Number of blobs whose bytes tasks share: the models of so many versions."""
+
+
+class ClientAvailability(Protocol):
+    """When clients are available; times are virtual seconds since the start."""
+
+    available: NDArray[np.bool_]
+    next_change: float
+
+    def advance(self, now: float) -> tuple[Ranges, Ranges]:
+        """Go on to a time; return the ranges of clients that came back, and that went away."""
+
+    def work_until(self, client: int, begin: float, seconds: float) -> float:
+        """Return the time at which work is done that pauses while the client is away."""
+
+
+class ClientDevices(Protocol):
+    """The devices of all clients: how long they take, whether they drop out, when they are away.
+
+    Numbers depend only on their arguments, in any order of the calls.
+    """
+
+    @property
+    def availability(self) -> ClientAvailability | None:
+        """Return when clients are available; None if all always are."""
+
+    def download_s(self, client: int, nbytes: int) -> float:
+        """Return how long a task of so many bytes takes to the client, in seconds."""
+
+    def upload_s(self, client: int, nbytes: int) -> float:
+        """Return how long a result of so many bytes takes from the client, in seconds."""
+
+    def compute_s(self, client: int, task: str) -> float:
+        """Return how long a client computes a task, in seconds."""
+
+    def drops(self, client: int, task: str) -> bool:
+        """Return whether the client drops out of a task, which loses its result."""
+
+
+class ComputesTasks(Protocol):
+    """Begins computations; see `fedmq.nodes.simulation.trainers.Trainer`."""
+
+    def start(
+        self, action: Train | Evaluate, due: float = 0.0
+    ) -> Callable[[], Trained | Evaluated]:
+        """Begin to train or evaluate; return a function that waits for the result."""
+
+
+class PopulationNode(VirtualNode):
+    """A session of a population node.
+
+    Args:
+        port, machine, hello, log: as of any node.
+        setup: objects of the run.
+        store: the clients' states, which survive the process.
+        devices: of all clients.
+        trainer: trains and evaluates.
+        began: time of the network at which the virtual seconds of ``devices`` begin.
+        checked: whether each core validates its state after each event.
+
+    Attributes:
+        store: as given.
+    """
+
+    def __init__(
+        self,
+        port: VirtualPort,
+        machine: Machine,
+        hello: Hello,
+        setup: Setup,
+        store: ClientStateStore,
+        devices: ClientDevices,
+        trainer: ComputesTasks,
+        began: float,
+        log: FilteringBoundLogger = SILENT,
+        *,
+        checked: bool = False,
+    ) -> None:
+        super().__init__(port, machine, hello, lambda: 0.0, log)
+        self.setup, self.store, self.devices, self.trainer = setup, store, devices, trainer
+        self._began, self._checked, self._repeats = began, checked, Repeats()
+        self._waiting: dict[int | None, deque[Delivery]] = {}
+        """By client with a task in progress: deliveries that wait for the end of that task."""
+        self._blobs = _SharedBlobs()
+        self._reports = itertools.count(1)
+        self._admitted = False
+
+    def work(self, link: NodeLink) -> None:
+        """Start the tasks that arrive, until the run is over."""
+        self._admitted = True
+        if self.devices.availability is not None:
+            self.report((), _gaps(self.devices.availability.available, self.hello.clients))
+        work_until_over(self._accept, link, self.log)
+
+    def report(self, back: Ranges, away: Ranges) -> None:
+        """Post that some of the hosted clients are available again, or not any more."""
+        if not self._admitted:
+            return  # it posts all that are away once it is admitted
+        hosted = self.hello.clients
+        kinds = [("back", each) for each in _within(back, hosted)]
+        kinds += [("away", each) for each in _within(away, hosted)]
+        for start in range(0, len(kinds), MOST_RANGES):
+            part = kinds[start : start + MOST_RANGES]
+            name = f"{self.hello.session}/availability/{next(self._reports)}"
+            body = {
+                key: [list(each) for kind, each in part if kind == key] for key in ("back", "away")
+            }
+            run, sender = self.hello.run, self.hello.node
+            kind, to = "availability", AGGREGATOR
+            self.link.hand_in(Message(kind=kind, id=name, run=run, sender=sender, to=to, body=body))
+
+    def now(self) -> float:
+        """Return the virtual seconds since the start."""
+        return self._machine.true_time() - self._began
+
+    def done_at(self, client: int | None, seconds: float) -> float:
+        """Return the virtual time at which a client has worked for ``seconds`` from now on."""
+        now, availability = self.now(), self.devices.availability
+        if availability is None or client is None:
+            return now + seconds
+        return availability.work_until(client, now, seconds)
+
+    def sleep_until(self, at: float) -> None:
+        """Let the current task wait until a virtual time."""
+        self.port.tasks.sleep_until(self._began + at)
+
+    def _accept(self, delivery: Delivery) -> None:
+        """Begin a task, or let it wait for the one before of the same client."""
+        client = delivery.message.body.get("client")
+        client = client if type(client) is int and self._hosts(client) else None
+        if client in self._waiting:
+            self._waiting[client].append(delivery)
+        else:
+            self._waiting[client] = deque()
+            self._begin(client, delivery)
+
+    def _hosts(self, client: int) -> bool:
+        return any(low <= client <= high for low, high in self.hello.clients)
+
+    def _begin(self, client: int | None, delivery: Delivery) -> None:
+        seconds = 0.0
+        if client is not None:
+            nbytes = sum(blob.size for blob in delivery.message.blobs)
+            seconds = self.devices.download_s(client, nbytes)
+        at = self._began + self.done_at(client, seconds)
+        shared = self._blobs.share(delivery)
+        self.port.tasks.start_at(at, functools.partial(self._do, client, shared))
+
+    def _do(self, client: int | None, delivery: Delivery) -> None:
+        """Do a task, in a greenlet of its own: with a worker's core and driver."""
+        hello = self.hello
+        core = Worker(self.setup, hello.run, hello.node, hello.clients, self.store)
+        if self._checked:
+            validated(core)
+        port = _ClientPort(self, client, delivery.message.id)
+        with contextlib.suppress(LinkClosed, Rejected):  # the program of this node ends by itself
+            WorkerDriver(core, self.setup, port, self._repeats).handle(delivery)
+            if waiting := self._waiting[client]:
+                self._begin(client, waiting.popleft())
+            else:
+                del self._waiting[client]
+
+
+class _ClientPort:
+    """The `WorkerPort` of one task: a client's device, and the link of its node."""
+
+    def __init__(self, node: PopulationNode, client: int | None, task: str) -> None:
+        self._node, self._client, self._task = node, client, task
+        self.log, self.now, self.save = node.log, node.now, node.store.put
+        self.away = contextlib.nullcontext
+
+    def compute(self, action: Train | Evaluate, /) -> Trained | Evaluated:
+        """Train or evaluate, in the time that the client's device takes."""
+        node, client = self._node, self._client
+        seconds = 0.0 if client is None else node.devices.compute_s(client, self._task)
+        due = node.done_at(client, seconds)
+        if isinstance(action, Train) and node.devices.drops(action.client, self._task):
+            node.sleep_until(due)
+            raise Dropped
+        wait = node.trainer.start(action, due)
+        del action  # a trainer needs its tensors no longer than it holds them
+        node.sleep_until(due)
+        return wait()
+
+    def post(self, message: Message, data: Sequence[Buffer], consumes: tuple[int, ...]) -> None:
+        """Post a message once it has been uploaded."""
+        node, client = self._node, self._client
+        if client is not None:
+            nbytes = sum(memoryview(each).nbytes for each in data)
+            node.sleep_until(node.done_at(client, node.devices.upload_s(client, nbytes)))
+        node.link.post(message, data, consumes)
+
+    def done(
+        self,
+        seqs: Sequence[int],
+        refused: Mapping[int, str] | None = None,
+        codes: Mapping[int, str] | None = None,
+    ) -> None:
+        """Acknowledge or reject messages."""
+        self._node.link.done(seqs, refused, codes)
+
+    def pause(self, seconds: float) -> None:
+        """Let the task wait."""
+        self._node.sleep_until(self._node.now() + seconds)
+
+
+class _SharedBlobs:
+    """Lets tasks with the same blob share its bytes: thousands of them are in progress."""
+
+    def __init__(self) -> None:
+        self._blobs: OrderedDict[bytes, Buffer] = OrderedDict()
+
+    def share(self, delivery: Delivery) -> Delivery:
+        """Return the same delivery, whose blobs are read once for all deliveries."""
+        inline = {
+            index: self._shared(delivery.message.blobs[index].digest, data)
+            for index, data in delivery.inline.items()
+        }
+        source = None if delivery.source is None else _SharingSource(self, delivery.source)
+        return replace(delivery, inline=inline, source=source)
+
+    def read(self, delivery: Delivery, index: int, source: BlobSource) -> Buffer:
+        """Return the bytes of a blob that did not come with a delivery."""
+        digest = delivery.message.blobs[index].digest
+        known = self._blobs.get(digest)
+        return self._shared(digest, source.read(delivery, index) if known is None else known)
+
+    def _shared(self, digest: bytes, data: Buffer) -> Buffer:
+        found = self._blobs.setdefault(digest, data)
+        self._blobs.move_to_end(digest)
+        if len(self._blobs) > _SHARED_BLOBS:
+            self._blobs.popitem(last=False)
+        return found
+
+
+class _SharingSource:
+    """The `BlobSource` of a delivery whose blobs are shared."""
+
+    def __init__(self, shared: _SharedBlobs, source: BlobSource) -> None:
+        self._shared, self._source = shared, source
+
+    def read(self, delivery: Delivery, index: int) -> Buffer:
+        """Return the bytes of a delivery's blob."""
+        return self._shared.read(delivery, index, self._source)
+
+    def chunks(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
+        """Yield the bytes of a delivery's blob."""
+        return self._source.chunks(delivery, index)
+
+
+def _within(ranges: Ranges, hosted: Ranges) -> Iterator[tuple[int, int]]:
+    """Yield the parts of some ranges that lie in others."""
+    for low, high in ranges:
+        for first, last in hosted:
+            if low <= last and high >= first:
+                yield max(low, first), min(high, last)
+
+
+def _gaps(available: NDArray[np.bool_], hosted: Ranges) -> list[tuple[int, int]]:
+    """Return the ranges of hosted clients that are not available."""
+    found: list[tuple[int, int]] = []
+    for low, high in hosted:
+        away = np.concatenate(([False], ~available[low : high + 1], [False]))
+        begins, ends = np.flatnonzero(away[1:] & ~away[:-1]), np.flatnonzero(away[:-1] & ~away[1:])
+        found += [(low + int(a), low + int(b) - 1) for a, b in zip(begins, ends, strict=True)]
+    return found

@@ -1,0 +1,66 @@
+"""``[simulation]``: a table of the configuration, checked as the others are."""
+
+import pytest
+
+from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.population.table import SimulationTable
+from fedmq.nodes.run.config import load, parse
+
+
+def test_without_the_table_a_configuration_is_the_same_text_as_before() -> None:
+    config = load(None)
+    assert config.simulation is None
+    assert "simulation" not in config.to_toml()
+
+
+def test_the_table_survives_writing_and_reading() -> None:
+    config = load(
+        None,
+        [
+            "simulation.compute=lognormal(2, 1)",
+            "simulation.availability=spells(exponential(3600), 600)",
+            "simulation.faults.dropout=0.1",
+            "simulation.curve.noise=0",
+        ],
+    )
+    assert parse(config.to_toml()) == config
+    assert config.simulation is not None
+    assert config.simulation.faults.dropout == 0.1
+    assert config.simulation.bandwidth_up is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("simulation.computes=1", "unknown key 'simulation.computes' (did you mean 'compute'?)"),
+        ("simulation.faults.drop=1", "unknown key 'simulation.faults.drop'"),
+        ("simulation.compute=fast", "simulation.compute: unknown distribution 'fast'"),
+        ("simulation.compute=-1", "simulation.compute: expected values of at least 0"),
+        ("simulation.compute=true", "simulation.compute: expected a number, got true"),
+        ("simulation.latency=uniform(0, inf)", "simulation.latency: expected finite numbers"),
+        ("simulation.bandwidth_up=0", "simulation.bandwidth_up: expected a bandwidth above 0"),
+        ("simulation.availability=0", "simulation.availability: expected a number greater than 0"),
+        ("simulation.availability=1.5", "simulation.availability: expected a number less than"),
+        ("simulation.availability=often", "simulation.availability: expected a probability, spel"),
+        ("simulation.availability=spells(1)", "expected spells(on, off), two lengths in seconds"),
+        ("simulation.availability=spells(0, 1)", "expected spells of a finite mean above 0, got"),
+        ("simulation.availability=spells(pareto(1), 1)", "expected spells of a finite mean"),
+        ("simulation.availability=by_label(0, 2)", "high: expected a probability, got 2"),
+        ("simulation.availability=daily(25)", "hours: expected more than 0 and less than 24"),
+        ("simulation.availability=daily(8, age)", "by: expected chance or label, got 'age'"),
+        ("simulation.learner=fast", "simulation.learner: expected 'train' or 'curve'"),
+        ("simulation.faults.dropout=2", "simulation.faults.dropout: expected a number less than"),
+    ],
+)
+def test_errors_are_one_sentence_that_names_the_key(setting: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, [setting])
+    text = str(caught.value)
+    assert "\n" not in text
+    assert words in text
+    assert text.removeprefix("unknown key '").startswith(setting.partition("=")[0])
+
+
+def test_a_daily_step_is_at_most_half_a_day() -> None:
+    with pytest.raises(ValueError, match="expected an availability_step of at most 43200"):
+        SimulationTable(availability="daily(8)", availability_step=50_000)
