@@ -345,7 +345,7 @@ class BrokerDriver:
                 self._shared = ""
                 self._cannot_share(repr(error))
         try:
-            buffers = [self.ledger.payload.read(*blob) for blob in send.blobs]
+            buffers = [self.ledger.payload.read(*blob) for blob in send.blobs] if send.blobs else []
         except LedgerError as error:
             if self._held is not None:
                 return  # not written yet: the node requests it again

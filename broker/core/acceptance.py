@@ -7,7 +7,6 @@ instead, which `apply` rejects in its turn. `fedmq.broker.core.mailboxes` delive
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import msgspec
@@ -80,7 +79,8 @@ class Acceptance:
             if answers and _lacks_request(node, post):
                 return _not_asked(node, post, envelope)
             message = envelope if isinstance(envelope, Message) else decode_message(post.message)
-            check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
+            if buffers or post.inline:
+                check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
             _check_body(message)
             if message.to == TIMER and not self._mailboxes.may_set_timer(node.run):
                 text = f"{MAX_TIMERS:,} timers wait at this broker, many of them of this run"
@@ -95,13 +95,11 @@ class Acceptance:
         return PendingPost(post, message, fingerprint, answers=answers)
 
     def unasked(self, node: Node, post: PendingPost) -> RejectedPost | None:
-        """Return the rejection of a post that must answer a delivery, and does not.
+        """Return the rejection of a post that does not answer a delivery, as it must.
 
         The first message that it consumes must be a request to this node that it has not answered,
         and the one that it names in ``re``.
         """
-        if not post.answers:
-            return None
         request = self._mailboxes.request_id(node, post.frame.consumes[0])  # `parse` has checked it
         if request == post.message.re:
             return None
@@ -163,10 +161,12 @@ def _decode_first(data: bytes) -> Envelope | Message:
     Raises:
         WireError: the bytes are not a message.
     """
-    if len(data) <= _SMALL_BYTES:
-        with contextlib.suppress(WireError):  # its envelope may be valid, and tells its id
-            return decode_message(data)
-    return decode_envelope(data)
+    if len(data) > _SMALL_BYTES:
+        return decode_envelope(data)
+    try:
+        return decode_message(data)
+    except WireError:
+        return decode_envelope(data)  # it may be valid, and tells the id
 
 
 def _frame_id(node: Node, post: Post) -> tuple[str, PostFingerprint]:

@@ -126,7 +126,6 @@ class Broker:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Handle one event; return the actions to carry out, in order."""
         self._mailboxes.fresh.clear()
-        self._uploads.begin()
         out: list[Action] = []
         match event:
             case ReceivedFrom():
@@ -180,7 +179,8 @@ class Broker:
     def _received(self, event: ReceivedFrom, now: float, out: list[Action]) -> None:
         frame, peer, origin = event.frame, event.peer, event.origin
         node = self._sessions.session_of(peer, origin, out)
-        if node is None or not node.alive or isinstance(frame, Hello):
+        is_alive = node is not None and node.alive
+        if not is_alive or isinstance(frame, Hello):
             # A live session's key has rights: it ends when they do.
             if not self._admissions.has_rights(peer, frame, origin, now, out):
                 return
@@ -191,7 +191,7 @@ class Broker:
                 return
         elif self._full and isinstance(frame, NumberedFrame):
             out.append(SendTo(peer, schema.StorageFull(reason=self._full)))
-        if node is None or not node.alive:
+        if node is None or not is_alive:
             if isinstance(frame, Goodbye):
                 self._admissions.early.discard(peer)
             elif isinstance(frame, Enroll):
@@ -223,6 +223,7 @@ class Broker:
             case Chunk():
                 if self._uploads.take(node, frame, event.buffers, out):
                     self._settle(node, now, out)
+                self._uploads.completed = None
             case Goodbye(reason=reason, failed=failed):
                 self._sessions.leave(node, reason or "said goodbye", now, out, clean=not failed)
             case _:
@@ -230,7 +231,8 @@ class Broker:
                 out.append(SendTo(peer, _unexpected(reason)))
 
     def _take_credit(self, node: Node, taken: int, now: float, out: list[Action]) -> None:
-        delivery.note_taken(node, taken)
+        if node.in_flight:
+            delivery.note_taken(node, taken)
         if node.queue and not self._full:
             out.extend(delivery.deliver(node, self._mailboxes.read, now))
 
@@ -265,7 +267,7 @@ class Broker:
                     self._apply(node, frame, now, out)
             if buffers:
                 self._acks.add(node, now, sum(memoryview(each).nbytes for each in buffers))
-            if node.pending_frames or len(node.fetcher):
+            if node.pending_frames or node.fetcher.missing_bytes:
                 self._settle(node, now, out)
 
     def _begin(
@@ -275,7 +277,8 @@ class Broker:
         post = self._acceptance.parse(node, frame, buffers)
         if isinstance(post, PendingPost):
             self._uploads.note_message(node, post.message, now)
-            post = self._acceptance.unasked(node, post) or post
+            if post.answers:
+                post = self._acceptance.unasked(node, post) or post
         if isinstance(post, PendingPost):
             post = self._uploads.begin_post(node, post, buffers, out)
         if node.pending_frames or (isinstance(post, PendingPost) and post.apart):
@@ -343,11 +346,8 @@ class Broker:
         self._acks.add(node, now)
         out.extend(self._acks.take())
         # A node stays until it says goodbye; any other frame is answered with RunEnded.
-        out.extend(
-            SendTo(each.peer, RunEnded(reason=run.over))
-            for each in run.nodes.values()
-            if each.alive and each.peer
-        )
+        connected = [each for each in run.nodes.values() if each.alive and each.peer]
+        out.extend(SendTo(each.peer, RunEnded(reason=run.over)) for each in connected)
         run.refused.clear()
         run.interrupted.clear()
         for member in run.nodes.values():

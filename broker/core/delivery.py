@@ -62,7 +62,7 @@ def deliver(node: Node, read: Callable[[int], Accepted], now: float) -> list[Sen
 
 def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> SendTo:
     """Return the delivery of one message, and count it as in flight."""
-    inline = inline_choice(message.blobs, schema.INLINE_BYTES)
+    inline = inline_choice(message.blobs, schema.INLINE_BYTES) if message.blobs else ()
     size = len(data)
     beside: list[tuple[BlobName, int, int]] = []
     apart: list[tuple[int, BlobName]] = []

@@ -83,7 +83,7 @@ class Mailboxes:
         run, name = node.run.id, node.name
         leads = node.hello.role == AGGREGATOR
         known = (self.leader_window if leads else self.dedup_window).seen(run, name, fingerprint)
-        if known == "new" and self.rejected_window:
+        if known == "new" and self.rejected_window.size:
             known = self.rejected_window.seen(run, name, fingerprint)
             if known == "new":  # a ledger of 0.1.0 has no senders
                 known = self.rejected_window.seen(run, "", fingerprint)
@@ -130,7 +130,8 @@ class Mailboxes:
             out: list to which the actions are appended.
         """
         seq = self.number()
-        self._discard(run, consumes)
+        if consumes:
+            self._discard(run, consumes)
         run.count_message(message.sender, len(data))
         if message.to == CHECKPOINT:
             consumes += () if run.checkpoint is None else (run.checkpoint,)
@@ -138,7 +139,7 @@ class Mailboxes:
         elif message.to == TIMER:
             token, after_s = timer_of(message)
             heapq.heappush(self.timers, (now + after_s, seq, run.id, token))
-        uses = [blob_name(message, blob) for blob in message.blobs]
+        uses = [blob_name(message, blob) for blob in message.blobs] if message.blobs else ()
         traffic = run.traffic() if message.to == CHECKPOINT else UNSET
         entry = Accepted(seq=seq, at=now, message=data, consumes=consumes, traffic=traffic)
         self.fresh[seq] = entry

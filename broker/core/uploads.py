@@ -44,10 +44,15 @@ class Uploads:
     Args:
         store: reads the ledger.
         limits: of the broker.
+
+    Attributes:
+        completed: name and size of the blob that the present event has completed, before the ledger
+            has it; to be cleared at the end of the event.
     """
 
     def __init__(self, store: Store, limits: Limits) -> None:
         self._store, self._limits = store, limits
+        self.completed: tuple[BlobName, int] | None = None
         self._holding: dict[int, Node] = {}
         """Nodes with frames that wait for blobs, by identity of the object; and some without."""
         self._busy: dict[int, Node] = {}
@@ -61,18 +66,12 @@ class Uploads:
         compared again."""
         self._warned: set[tuple[str, str]] = set()
         """Run and node, or run and "", for each limit of disk that was reported as nearly used."""
-        self._completed: tuple[BlobName, int] | None = None
-        """Name and size of the blob that the present event has completed."""
-
-    def begin(self) -> None:
-        """Begin with another event."""
-        self._completed = None
 
     def note_message(self, node: Node, message: Message, now: float) -> None:
         """Count a message if a round trip may depend on it."""
         if message.blobs:
             return
-        recipient = node.run.host_of(message.to)
+        recipient = node.run.host_of(message.to) if self._busy else None
         if recipient is None or not len(recipient.fetcher):
             self._small_messages.append(now)
 
@@ -189,8 +188,8 @@ class Uploads:
 
     def _size_of(self, name: BlobName) -> int | None:
         """Return the size of a blob that is stored, or will be at the end of this event."""
-        if self._completed is not None and name == self._completed[0]:
-            return self._completed[1]
+        if self.completed is not None and name == self.completed[0]:
+            return self.completed[1]
         return self._store.size_of(name)
 
     def hold(self, node: Node, frame: PendingFrame) -> None:
@@ -238,7 +237,7 @@ class Uploads:
             out.append(Discard(blob_id, received.size))
             self._fail(node, name, Code.BAD_BLOB, "the bytes of a blob do not match its digest")
         elif good and continues:
-            self._completed = (blob_id, received.size)
+            self.completed = (blob_id, received.size)
         return True
 
     def _fail(self, node: Node, name: Owned, code: Code, reason: str) -> None:

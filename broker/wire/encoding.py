@@ -173,8 +173,6 @@ def check_inline(
     Raises:
         WireError: wrong count, index, size or digest.
     """
-    if not (inline or buffers):
-        return
     if len(inline) != len(buffers):
         raise WireError(
             f"expected {len(inline)} buffers with the message, got {len(buffers)}", Code.BAD_BLOB
