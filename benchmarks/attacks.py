@@ -9,7 +9,7 @@ much of the CPUs. Real processes on loopback, without keys.
 attack, control: versions per second of the honest run; the ratio must be at least a half.
 memory: of the broker over idle, at its peak; at most 64 MB more than the limits that the kind
     reaches, see docs/configuration.md.
-ledger: bytes per second that the flood adds to the ledger.
+ledger: megabytes per second by which the ledger grows during the attack, with the honest run's.
 """
 
 from __future__ import annotations
@@ -307,7 +307,8 @@ def main() -> int:
     sys.path.append(here)  # this process and the nodes import rounds:Echo from here
     os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     table = Table(
-        "flood", "attack /s", "control /s", "ratio", "memory MB", "limit MB", "sent", "ledger"
+        *("flood", "attack", "control", "ratio", "memory", "limit", "sent", "ledger"),
+        caption="attack, control: versions/s; memory, limit: MB; sent: frames; ledger: MB/s",
     )
     figures: dict[str, float] = {}
     missed = False
@@ -344,11 +345,10 @@ def main() -> int:
             f"{over:.0f}",
             f"{allowed:.0f}",
             f"{sent:,}",
-            f"{grown / options.seconds / 1000:,.0f} kB/s",
+            f"{grown / options.seconds / MB:,.1f}",
         )
-
         figures |= {f"attacks.{kind}.ratio": ratio, f"attacks.{kind}.memory_mb": over}
-    Console(width=max(100, Console().width)).print(table)
+    Console(width=max(80, Console().width)).print(table)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return int(missed)

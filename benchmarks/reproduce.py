@@ -3,10 +3,11 @@
     python benchmarks/reproduce.py [--only NAME,...] [--all] [--hours] [--seed N]
                                    [--json FILE] [--set key=value]...
 
-Each line is one cell of a paper's tables: a configuration that `fedmq cluster` runs in its
-own processes. MNIST is looked up under FEDMQ_DATA. ``--set`` overrides a key of every
+Each line is one cell of a paper's tables: a configuration that `fedmq cluster` or `fedmq simulate`
+runs in its own processes. MNIST is looked up under FEDMQ_DATA. ``--set`` overrides a key of every
 configuration, to try a cell out: ``--set run.versions=3``. By default the cells of FedAvg and
-Caldas run, in about half an hour; ``--all`` adds the other papers, about an hour.
+Caldas, and FedBuff beside other schedules, run in about 40 minutes; ``--all`` adds the other
+papers, about an hour.
 
 Exit codes: 0 every cell that ran meets its bar, 1 a bar is missed or a run failed, 2 an
 argument is wrong or the data are missing.
@@ -31,6 +32,7 @@ from reproduction import (
     caldas,
     distillation,
     fedavg,
+    fedbuff,
     fedgkt,
     fedrep,
     mocha,
@@ -45,10 +47,11 @@ from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.config import load
 
-FIRST: Sequence[Cell] = (*fedavg.CELLS, *caldas.CELLS)
+FIRST: Sequence[Cell] = (*fedavg.CELLS, *caldas.CELLS, fedbuff.IID)
 CELLS: Sequence[Cell] = (
     *FIRST,
     *caldas.MORE,
+    fedbuff.SHARDS,
     *fedgkt.CELLS,
     *distillation.CELLS,
     *fedrep.CELLS,

@@ -48,7 +48,6 @@ from fedmq.broker.wire.addresses import (
     CONTINUED,
     RECORD,
     TIMER,
-    addresses,
 )
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import encode_message
@@ -273,7 +272,7 @@ class Restorer:
                 node.move(SessionEvent.RESTART)
                 node.last_seen, node.lease_until = now, now + lease_s
                 if node.alive:
-                    run.hosts |= dict.fromkeys(addresses(node.hello), node.name)
+                    run.hosts.add(node.hello)
         for seq, message in sorted(self._kept.items()):
             ledger.use(seq, [blob_name(message, blob) for blob in message.blobs])
         for seq, message in self.unfinished.items():

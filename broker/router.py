@@ -128,7 +128,10 @@ class RouterPort:
         if self._door is not None and self.is_asked(ready):
             self._door.answer()
             if (refused := self._door.refused(time.monotonic())) is not None:
-                self.log("warning", "refused a key without rights here", refused._asdict())
+                fields = refused._asdict()
+                if not refused.other_keys:
+                    del fields["other_keys"]
+                self.log("warning", "refused a key without rights here", fields)
 
     def tidy(self) -> None:
         """Close the connections that must go; call it at the end of a turn."""

@@ -37,10 +37,11 @@ class Limits:
     runs: runs that have not ended.
     nodes: names of nodes in a run.
     clients: clients in the Hello of one node.
-    sessions: live sessions from one address of another host, or with one key.
+    sessions: live sessions with one key, or without one from one other host: an IPv4 address, or a
+        /64 of IPv6.
     waiting: connections that wait for a run that has not started.
-    joins_per_s: sessions that one node may begin, on average; the nodes of one address of another
-        host, or of one key, may begin twenty times as many.
+    joins_per_s: sessions that one node may begin, on average; the nodes of one key, or of one other
+        host, may begin twenty times as many.
     messages_per_s, bytes_per_s: that one connection may send; more waits.
     costly_per_s: Hellos, unreadable frames and rejected posts of one connection; more waits.
     held_bytes, held_bytes_total: of posts whose blobs have not arrived, by node and in all.

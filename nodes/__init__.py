@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from fedmq.nodes.replay.fold import Replay
     from fedmq.nodes.run.config import Config, build, load, parse
     from fedmq.nodes.run.setup import Setup, set_up
-    from fedmq.nodes.simulation.virtual_run import Chances, Simulation
+    from fedmq.nodes.simulation.chances import Chances
+    from fedmq.nodes.simulation.virtual_run import Simulation
     from fedmq.nodes.worker.core import Worker
 else:
     from fedmq._lazy import lazily
@@ -49,7 +50,8 @@ else:
             "fedmq.nodes.replay.fold": "Replay",
             "fedmq.nodes.run.config": "Config build load parse",
             "fedmq.nodes.run.setup": "Setup set_up",
-            "fedmq.nodes.simulation.virtual_run": "Chances Simulation",
+            "fedmq.nodes.simulation.chances": "Chances",
+            "fedmq.nodes.simulation.virtual_run": "Simulation",
             "fedmq.nodes.worker.core": "Worker",
         },
     )

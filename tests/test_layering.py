@@ -96,7 +96,8 @@ PARTS = {
         "worker": "errors process messages run",
         "trace": "errors process messages history",
         "replay": "errors process messages run history trace aggregator worker",
-        "cluster": "errors process keys messages run history run_folder aggregator worker",
+        "cluster": "errors process keys messages population run history run_folder aggregator "
+        "worker",
         "simulation": "errors process messages population run history run_folder aggregator worker "
         "cluster",
         "api": "errors process run history run_folder trace cluster",

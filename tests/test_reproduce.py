@@ -27,6 +27,7 @@ CELLS = [
     "cnn-iid-fedsgd",
     "one-shot",
     "combined",
+    "fedbuff-iid",
 ]
 
 
@@ -138,3 +139,42 @@ def test_a_bar_holds_to_the_round(measured: Any, reached: int, *, met: bool) -> 
     outcome = fedavg.CELLS[0].measure(Known())
     assert outcome.met is met
     assert outcome.figures["rounds"] == reached
+
+
+@pytest.mark.parametrize(
+    ("updates", "met"),
+    [
+        ({"rounds": 80, "FedBuff": 40, "FedAsync": 60}, True),
+        ({"rounds": None, "FedBuff": 40, "FedAsync": None}, True),
+        ({"rounds": 80, "FedBuff": 60, "FedAsync": 60}, False),
+        ({"rounds": 80, "FedBuff": None, "FedAsync": 60}, False),
+    ],
+)
+def test_fedbuff_needs_fewer_updates_than_both_others(
+    measured: Any, updates: dict[str, int | None], *, met: bool
+) -> None:
+    runs, _ = measured
+    from reproduction import fedbuff
+
+    asked = set()
+
+    class Known:
+        seed = 3
+
+        def result(self, settings: Any, seed: int) -> Any:
+            asked.add(seed)
+            names = {options["name"]: name for name, (_, options) in fedbuff.SCHEDULES.items()}
+            used = updates[names[settings.schedule["name"]]]
+            point = {"accuracy": 0.96, "results_used": used, "bytes_up": 1, "bytes_down": 1}
+            known = {**point, "wall_s": seed}
+            if used is None:
+                known = {**known, "accuracy": 0.5}
+            return runs.Result([(1, known["accuracy"])], runs.Traffic(1, 1, 1, 1), 1.0, [known])
+
+    outcome = fedbuff.IID.measure(Known())
+    assert outcome.met is met
+    assert asked == {3, 4, 5}
+    assert outcome.figures["FedBuff.reached"] == (0 if updates["FedBuff"] is None else 3)
+    if updates["rounds"]:
+        assert outcome.figures["rounds.updates"] == 80
+        assert outcome.figures["rounds.seconds_std"] == pytest.approx(1.0)

@@ -60,7 +60,8 @@ class Partition(ABC):
             raise ProblemError(f"expected at least 1 client, got {clients}")
         if not len(labels) or (clients > len(labels) and not self.with_replacement):
             raise ProblemError(
-                f"expected at most {len(labels)} clients, one for each example, got {clients}"
+                f"expected at most {len(labels)} clients, one for each example, got {clients}: "
+                "lower clients, or set partition to bootstrap(100), which draws with replacement"
             )
         values = groups if self.needs_writers else labels
         if values is None:

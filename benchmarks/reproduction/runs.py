@@ -1,4 +1,4 @@
-"""Run ``fedmq cluster`` in its own process and read the results from the run's folder."""
+"""Run ``fedmq cluster`` or ``fedmq simulate`` in its own process and read the run's folder."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ Table = Mapping[str, Any]
 
 
 class RunError(Exception):
-    """A cluster failed; the text is its output."""
+    """A run failed; the text is its output."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One configuration, as the tables of its TOML file."""
+    """One configuration, as the tables of its TOML file.
+
+    simulation: of a run in virtual time; None for one in real time.
+    """
 
     run: Table
     problem: Table
     algorithm: Table
     schedule: Table
     codec: Table = field(default_factory=dict)
+    simulation: Table | None = None
 
     def toml(self, seed: int) -> str:
         """Return the configuration file."""
@@ -47,6 +51,7 @@ class Settings:
                 "algorithm": dict(self.algorithm),
                 "schedule": dict(self.schedule),
                 "codec": dict(self.codec),
+                **({} if self.simulation is None else {"simulation": dict(self.simulation)}),
                 "worker": {"count": 2},
                 # Thousands of models would fill a disk; the kept messages hold their sizes.
                 "broker": {"retain": "unfinished"},
@@ -77,11 +82,13 @@ class Result:
     curve: (version, accuracy) of every evaluation, in order.
     traffic: bytes to and from clients.
     seconds: duration of the whole command.
+    points: the curve in ``summary.json``, with its other columns, in the same order.
     """
 
     curve: Sequence[tuple[int, float]]
     traffic: Traffic
     seconds: float
+    points: Sequence[Mapping[str, Any]] = ()
 
     def first(self, target: float) -> int | None:
         """Return the first evaluated version with at least this accuracy."""
@@ -129,30 +136,36 @@ class Runs:
         self.seed, self.overrides = seed, tuple(overrides)
         self._results: dict[str, Result] = {}
 
-    def result(self, settings: Settings) -> Result:
+    def result(self, settings: Settings, seed: int | None = None) -> Result:
         """Return the results of a configuration; run it if it has not run yet.
 
+        Args:
+            settings: the configuration.
+            seed: of the run; by default that of all runs.
+
         Raises:
-            RunError: the cluster failed.
+            RunError: the run failed.
         """
-        text = settings.toml(self.seed)
+        text = settings.toml(self.seed if seed is None else seed)
         if text not in self._results:
-            self._results[text] = self._run(text)
+            command = "cluster" if settings.simulation is None else "simulate"
+            self._results[text] = self._run(command, text)
         return self._results[text]
 
-    def _run(self, text: str) -> Result:
+    def _run(self, command: str, text: str) -> Result:
         with tempfile.TemporaryDirectory(prefix="fedmq-reproduce-") as temporary:
             folder, file = Path(temporary) / "run", Path(temporary) / "run.toml"
             file.write_text(text)
             sets = [each for override in self.overrides for each in ("--set", override)]
             began = time.monotonic()
-            _cluster([str(FEDMQ), "cluster", str(file), "--run", str(folder), *sets])
+            _run_to_end([str(FEDMQ), command, str(file), "--run", str(folder), *sets])
             took = time.monotonic() - began
             summary = json.loads((folder / "summary.json").read_text())
-            curve = sorted((p["version"], p["accuracy"]) for p in summary["curve"])
-            if not curve:
+            points = sorted(summary["curve"], key=lambda point: int(point["version"]))
+            if not points:
                 raise RunError("the run ended without an evaluation")
-            return Result(curve, traffic(folder / "ledger"), took)
+            curve = [(point["version"], point["accuracy"]) for point in points]
+            return Result(curve, traffic(folder / "ledger"), took, points)
 
 
 def traffic(ledger: Path) -> Traffic:
@@ -174,8 +187,8 @@ def traffic(ledger: Path) -> Traffic:
     return Traffic(down, up, sockets_down, sockets_up)
 
 
-def _cluster(command: Sequence[str]) -> None:
-    """Run a cluster to its end; on any exception stop it and wait for it."""
+def _run_to_end(command: Sequence[str]) -> None:
+    """Run a command to its end; on any exception stop it and wait for it."""
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 from collections import Counter
 
 from fedmq.broker.access.rights import Origin
@@ -15,6 +17,8 @@ RESTARTS_AT_ONCE = 4
 RUNS_PER_S = 1.0
 """Runs that a key may open, on average; as many at once as the broker may have."""
 _MOST_SOURCES = 10_000
+_HOST_BITS = 64
+"""Length of the prefix of a network that one host may have to itself."""
 
 
 class Bucket:
@@ -43,7 +47,7 @@ class Bucket:
 
 
 class Quotas:
-    """The live sessions and the joins of each source: a key, or an address of another host.
+    """The live sessions and the joins of each source: a key, or another host (see `network_of`).
 
     Connections without a key from this host are not counted by source: all its users share one.
 
@@ -113,4 +117,21 @@ class Quotas:
 
 def source_of(origin: Origin) -> str:
     """Return the source that a connection counts for; "" for one without a key on this host."""
-    return origin.key or ("" if origin.is_local else origin.address)
+    return origin.key or ("" if origin.is_local else network_of(origin.address))
+
+
+@functools.lru_cache(maxsize=1024)
+def network_of(address: str) -> str:
+    """Return what counts as one host: an IPv4 address, or the /64 network of an IPv6 address.
+
+    A host with IPv6 usually has a whole /64 to choose its address from. The neighbours on one
+    link, whose addresses are link-local, share theirs.
+    """
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    is_ipv6 = isinstance(found, ipaddress.IPv6Address) and not found.ipv4_mapped
+    if not is_ipv6 or found.is_link_local or found.is_loopback:
+        return address
+    return str(ipaddress.ip_network((found.packed[:8] + bytes(8), _HOST_BITS)))

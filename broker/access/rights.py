@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
+    AVAILABILITY,
     CHECKPOINT,
     CLIENT,
     EVALUATOR,
@@ -178,6 +179,7 @@ TABLE = (
     MayPost(AGGREGATOR, ("timer", ANY), (TIMER,)),
     MayPost(AGGREGATOR, (ANY,), (AGGREGATOR,)),
     MayPost(WORKER, ("result", "failed", "score", ANY), (AGGREGATOR,), asked=True),
+    MayPost(WORKER, (AVAILABILITY,), (AGGREGATOR,)),
     MayPost(EVALUATOR, ("failed", "score", ANY), (AGGREGATOR,), asked=True),
 )
 """All that nodes may post. An observer posts nothing."""

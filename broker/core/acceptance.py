@@ -7,6 +7,8 @@ instead, which `apply` rejects in its turn. `fedmq.broker.core.mailboxes` delive
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import msgspec
@@ -22,14 +24,17 @@ from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire import schema
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
+    AVAILABILITY,
     CHECKPOINT,
     CLIENT,
     CONTINUED,
     EVALUATOR,
+    MAX_RANGES,
     RECORD,
     TIMER,
     node_address,
 )
+from fedmq.broker.wire.client_map import is_range
 from fedmq.broker.wire.encoding import (
     Envelope,
     check_inline,
@@ -81,7 +86,7 @@ class Acceptance:
             message = envelope if isinstance(envelope, Message) else decode_message(post.message)
             if buffers or post.inline:
                 check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
-            _check_body(message)
+            _check_body(node, message)
             if message.to == TIMER and not self._mailboxes.may_set_timer(node.run):
                 text = f"{MAX_TIMERS:,} timers wait at this broker, many of them of this run"
                 raise WireError(text, Code.LIMIT)
@@ -245,7 +250,7 @@ def _check_envelope(node: Node, message: Envelope | Message) -> bool:
     return answers
 
 
-def _check_body(message: Message) -> None:
+def _check_body(node: Node, message: Message) -> None:
     """Check the body of a message.
 
     Raises:
@@ -255,6 +260,34 @@ def _check_body(message: Message) -> None:
         raise WireError(f"expected a body nested at most {MAX_DEPTH} deep", Code.TOO_DEEP)
     if message.to == TIMER:
         timer_of(message)
+    if message.kind == AVAILABILITY:
+        _check_availability(node, message)
+
+
+def _check_availability(node: Node, message: Message) -> None:
+    """Check that a message is about the availability of clients that its sender hosts.
+
+    Raises:
+        WireError: the reason for a rejection.
+    """
+    ranges = []
+    if message.blobs:
+        raise WireError("expected no blobs in a message about availability", Code.MALFORMED)
+    for name in ("back", "away"):
+        part = message.body.get(name)
+        if not isinstance(part, list) or not all(map(is_range, part)):
+            text = f"expected a body with back and away, lists of ranges [low, high]; {name} is not"
+            raise WireError(text, Code.MALFORMED)
+        ranges += part
+    if len(ranges) > MAX_RANGES:
+        text = f"expected at most {MAX_RANGES} ranges of clients, got {len(ranges)}"
+        raise WireError(text, Code.LIMIT)
+    hosted = sorted(node.hello.clients)
+    for low, high in ranges:
+        at = bisect_right(hosted, (low, math.inf)) - 1
+        if at < 0 or high > hosted[at][1]:
+            text = f"clients {low} to {high} are not in one range of clients of {node.name}"
+            raise WireError(text, Code.WRONG_CLIENT)
 
 
 def _address_fault(address: str, clients: int) -> str:

@@ -19,7 +19,6 @@ from fedmq.broker.wire.addresses import (
     RECORD,
     ROLES,
     WORKER,
-    addresses,
     name_fault,
     node_address,
 )
@@ -260,8 +259,8 @@ def _clients_fault(run: RunState, hello: Hello) -> Fault | None:
     if sum(high - low + 1 for low, high in hello.clients) > run.total_clients:
         text = f"expected each of the {run.total_clients} clients of this run at most once"
         return RejectCode.CLIENT, text
-    for address in addresses(hello):
-        host = run.nodes.get(run.hosts.get(address, ""))
+    for address, name in run.hosts.hosted(hello):
+        host = run.nodes.get(name)
         if host is not None and host.alive and host.name != hello.node:
             return RejectCode.CLIENT, f"{address} is already hosted by {host.name}"
     return None
@@ -317,7 +316,7 @@ def new_name_fault(
     if source and len(run.nodes) > free:
         held = sum(source_of(each.origin) == source for each in run.nodes.values())
         if held > free:
-            who = "key" if origin.key else "address"
+            who = "key" if origin.key else "host"
             text = (
                 f"this {who} has {held} names in the run, and only {free} are left for others "
                 "(broker.limits.nodes)"
@@ -332,14 +331,14 @@ def join_limit_fault(origin: Origin, limits: Limits, wait_s: float | None) -> Fa
     ``wait_s``: seconds until it may join; None if its source has too many sessions.
     """
     if wait_s is None:
-        who = "a key" if origin.key else "an address"
+        who = "a key" if origin.key else "a host"
         text = (
             f"{who} may have at most {limits.sessions} live sessions (broker.limits.sessions); end "
             "another node of it first, or start the broker with a higher limit"
         )
         return RejectCode.LIMIT, text
     text = (
-        "this node, or others of its key or address, were started too often "
+        "this node, or others of its key or host, were started too often "
         f"(broker.limits.joins_per_s); start it again after {math.ceil(wait_s)} s"
     )
     return RejectCode.LIMIT, text

@@ -215,8 +215,10 @@ class Broker:
                 self._numbered(node, frame, event.buffers, now, out)
             case ChunkRequest():
                 self._serve_chunk(node, frame, out)
-            case Heartbeat(taken=taken):
+            case Heartbeat(taken=taken, ack=ack):
                 self._take_credit(node, taken, now, out)
+                if ack is True and not self._full:  # else they may not be in the ledger yet
+                    out.extend(self._acks.take_of(node))
                 out.append(SendTo(peer, Heartbeat(sent=node.sent)))
             case _ if self._full:
                 pass  # a frame that cannot be recorded is ignored; its sender sends it again
@@ -227,8 +229,9 @@ class Broker:
             case Goodbye(reason=reason, failed=failed):
                 self._sessions.leave(node, reason or "said goodbye", now, out, clean=not failed)
             case _:
-                reason = f"a node does not send {kind_of(frame)} frames"
-                out.append(SendTo(peer, _unexpected(reason)))
+                out.append(
+                    SendTo(peer, _unexpected(f"a node does not send {kind_of(frame)} frames"))
+                )
 
     def _take_credit(self, node: Node, taken: int, now: float, out: list[Action]) -> None:
         if node.in_flight:
@@ -250,8 +253,8 @@ class Broker:
         elif node.pending_frames and self._uploads.holds_too_much(node):
             node.has_dropped = True  # `_settle` asks for them again
         elif frame.n > node.next_n:
-            # Frames were lost: UnknownSession makes the link resend from its oldest one.
-            out.append(SendTo(node.peer, UnknownSession()))
+            # Frames were dropped: UnknownSession makes the link resend from its oldest one.
+            out.append(SendTo(node.peer, UnknownSession(dropped=True)))
         else:
             node.next_n += 1
             node.read_bytes = min(frame.read, node.pointed_bytes)
@@ -303,7 +306,7 @@ class Broker:
             self._uploads.ask(node, now, out)
         if node.has_dropped and not self._uploads.holds_too_much(node, part=2):
             node.has_dropped = False
-            out.append(SendTo(node.peer, UnknownSession()))
+            out.append(SendTo(node.peer, UnknownSession(dropped=True)))
 
     def _apply(self, node: Node, frame: PendingFrame, now: float, out: list[Action]) -> None:
         """Apply a frame whose blobs are stored, after all frames before it."""
@@ -335,8 +338,7 @@ class Broker:
 
     def _end_run(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
         if node.hello.role not in ENDS_RUN:
-            text = "only the aggregator may end a run"
-            out.append(SendTo(node.peer, _unexpected(text)))
+            out.append(SendTo(node.peer, _unexpected("only the aggregator may end a run")))
             return
         run = node.run
         run.over = reason or "over"

@@ -18,7 +18,7 @@ from fedmq.broker.core.lifecycles import SessionState
 from fedmq.broker.core.state import Node
 from fedmq.broker.ledger.entries import Accepted, BlobName, blob_name
 from fedmq.broker.wire import schema
-from fedmq.broker.wire.addresses import AGGREGATOR
+from fedmq.broker.wire.addresses import AGGREGATOR, addresses, num_addresses
 from fedmq.broker.wire.encoding import inline_choice
 from fedmq.broker.wire.schema import Ack, Deliver, Message
 
@@ -44,9 +44,15 @@ def enqueue(node: Node, seq: int, address: str) -> None:
     node.queue.append(seq)
 
 
-def enqueue_waiting(node: Node, seqs: dict[int, str]) -> None:
-    """Queue messages that have waited for this node."""
-    node.pending = dict(sorted((node.pending | seqs).items()))
+def enqueue_waiting(node: Node) -> None:
+    """Queue the messages that have waited for the addresses of this node."""
+    run, hello = node.run, node.hello
+    few = len(run.waiting) < num_addresses(hello)  # a node can have a million addresses
+    found: dict[int, str] = {}
+    for address in [*run.waiting] if few else addresses(hello):
+        if run.hosts.get(address) == hello.node:
+            found |= dict.fromkeys(run.waiting.pop(address, ()), address)
+    node.pending = dict(sorted((node.pending | found).items()))
 
 
 def deliver(node: Node, read: Callable[[int], Accepted], now: float) -> list[SendTo]:
@@ -148,15 +154,19 @@ class PendingAcks:
 
     def take(self) -> list[SendTo]:
         """Return all acknowledgments that are pending, and clear them."""
-        sends = []
-        for node in self._pending.values():
-            first = node.pending_frames[0].n if node.pending_frames else node.next_n
-            if first and node.peer:
-                sends.append(SendTo(node.peer, Ack(upto=first - 1)))
+        sends = [each for node in self._pending.values() for each in _ack(node)]
         self._pending.clear()
         self._counts.clear()
         self.due = math.inf
         return sends
+
+    def take_of(self, node: Node) -> list[SendTo]:
+        """Return the acknowledgment of a node, if one is pending, and clear it."""
+        if self._pending.pop(id(node), None) is None:
+            return []
+        del self._counts[id(node)]
+        self.due = self.due if self._pending else math.inf
+        return _ack(node)
 
     def validate_state(self) -> None:
         """Raise AssertionError if acknowledgments are pending without a time, or the reverse."""
@@ -164,3 +174,9 @@ class PendingAcks:
         if waiting != bool(self._pending) or self._pending.keys() != self._counts.keys():
             names = [node.name for node in self._pending.values()]
             raise AssertionError(f"acknowledgments of {names} are due at {self.due}")
+
+
+def _ack(node: Node) -> list[SendTo]:
+    """Return the acknowledgment of all frames of a node that were applied, if there are any."""
+    first = node.pending_frames[0].n if node.pending_frames else node.next_n
+    return [SendTo(node.peer, Ack(upto=first - 1))] if first and node.peer else []

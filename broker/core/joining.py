@@ -47,7 +47,7 @@ from fedmq.broker.core.state import Node, RunState
 from fedmq.broker.ledger.entries import Opened
 from fedmq.broker.rejections import RejectCode
 from fedmq.broker.settings import BrokerSettings
-from fedmq.broker.wire.addresses import AGGREGATOR, addresses
+from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.schema import (
     AnyFrame,
     Enroll,
@@ -365,11 +365,8 @@ class Admissions:
         if not was_there:
             node.sessions += not returning
             self._sessions.announce("joined", node, {}, now, out)
-            found: dict[int, str] = {}
-            for address in addresses(hello):
-                run.hosts[address] = hello.node
-                found |= dict.fromkeys(run.waiting.pop(address, ()), address)
-            delivery.enqueue_waiting(node, found)
+            run.hosts.add(hello)
+            delivery.enqueue_waiting(node)
             attempts = run.interrupted.get(next(iter(node.pending), -1), 0)
             node.resume_at = now + pause if (pause := delivery.retry_pause(attempts)) else 0.0
         if node.restarts.take(now, 1.0 / self._settings.beat_s):

@@ -17,7 +17,7 @@ from fedmq.broker.core.mailboxes import Mailboxes
 from fedmq.broker.core.state import Node
 from fedmq.broker.rejections import Code
 from fedmq.broker.settings import BrokerSettings
-from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, OBSERVER, RECORD, addresses
+from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, OBSERVER, RECORD
 from fedmq.broker.wire.schema import Done, RunEnded
 
 MAX_SILENT_LEASES = 10
@@ -120,9 +120,7 @@ class Sessions:
                     run, first, BROKER, text, now, out, code=code, dead_lettered=True
                 )
                 del node.pending[first], run.interrupted[first]
-        for address in addresses(node.hello):
-            if run.hosts.get(address) == node.name:
-                del run.hosts[address]
+        run.hosts.remove(node.hello)
         for seq, address in node.pending.items():
             run.waiting.setdefault(address, []).append(seq)
         for address in set(node.pending.values()):

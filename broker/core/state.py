@@ -16,6 +16,7 @@ from fedmq.broker.ledger.entries import BlobName, blob_name
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import AGGREGATOR, num_addresses
 from fedmq.broker.wire.chunked_transfer import Fetcher, Owned
+from fedmq.broker.wire.client_map import AddressMap
 from fedmq.broker.wire.encoding import decode_message
 from fedmq.broker.wire.schema import (
     MAX_BUFFERS,
@@ -285,10 +286,9 @@ def held_size(frame: PendingFrame) -> int:
 class RunState:
     """A run: its nodes, their addresses, and the messages for addresses without a node.
 
-    hosts: address to the name of the node that hosts it.
+    hosts: name of the node that hosts each address.
     waiting: numbers of the messages for an address that no connected node hosts, in order.
-    refused: messages that were rejected, but not consumed: a new session of their recipient
-        needs them again.
+    refused: rejected messages that were not consumed: a new session of their recipient needs them.
     interrupted: number of sessions that ended while they handled a message, by its number.
     checkpoint: number of the newest checkpoint.
     over: why the run has ended; empty until then.
@@ -302,7 +302,7 @@ class RunState:
     config: str
     total_clients: int
     nodes: dict[str, Node] = field(default_factory=dict)
-    hosts: dict[str, str] = field(default_factory=dict)
+    hosts: AddressMap = field(default_factory=AddressMap)
     waiting: dict[str, list[int]] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
     interrupted: dict[int, int] = field(default_factory=dict)
@@ -353,7 +353,7 @@ class RunState:
 
     def host_of(self, address: str) -> Node | None:
         """Return the connected node that hosts an address, or None."""
-        node = self.nodes.get(self.hosts.get(address, ""))
+        node = self.nodes.get(self.hosts.get(address) or "")
         return node if node is not None and node.alive else None
 
     def validate_state(self) -> list[int]:
@@ -382,7 +382,7 @@ class RunState:
                 for address in set(node.pending.values()):
                     if self.hosts.get(address) != node.name:
                         raise AssertionError(f"{node.name} has messages to {address}: not its own")
-        if gone := present.symmetric_difference(self.hosts.values()):
+        if gone := present.symmetric_difference(self.hosts.nodes()):
             raise AssertionError(f"addresses of {gone} are hosted, but it has left, or the reverse")
         if len(self.hosts) != hosted:
             raise AssertionError(f"{hosted} addresses of nodes, but {len(self.hosts)} are hosted")

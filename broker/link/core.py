@@ -206,7 +206,13 @@ class Link:
         self._unreported_credit = 0
         self._unacknowledged.add(frame, **more)
         if self.state is _CONNECTED:
-            out.extend(self._unacknowledged.ready())
+            self._send_ready(out)
+
+    def _send_ready(self, out: list[Action]) -> None:
+        """Send the numbered frames that the window allows."""
+        out.extend(self._unacknowledged.ready())
+        if self._unacknowledged.wants_ack():
+            out.append(Send(Heartbeat(taken=self.taken, ack=True)))
 
     def _send_done(self, out: list[Action]) -> None:
         while self._done:
@@ -286,7 +292,7 @@ class Link:
             case schema.Ack(upto=upto):
                 self._unacknowledged.acknowledged(upto)
                 if self.state is _CONNECTED:
-                    out.extend(self._unacknowledged.ready())
+                    self._send_ready(out)
             case Heartbeat():
                 self._answered(frame, now, out)
             case ChunkRequest():
@@ -296,9 +302,11 @@ class Link:
                     self._deliver(each, (), out)
             case Welcome():
                 self._welcomed(frame, out)
-            case schema.UnknownSession():
+            case schema.UnknownSession(dropped=dropped):
                 # Each frame in flight draws one; a single Hello answers them all.
                 if self._move(LinkEvent.UNKNOWN_SESSION):
+                    if dropped is True:
+                        self._unacknowledged.shrink_window()
                     self._send_hello(now, out)
             case schema.Reject(code=code, reason=reason, config=config):
                 self._move(LinkEvent.REJECT)
@@ -330,7 +338,7 @@ class Link:
             welcome.lease_s,
         )
         self._unacknowledged.restart()
-        out.extend(self._unacknowledged.ready())
+        self._send_ready(out)
         self._arrivals.restart()
         self._ask(out)
 

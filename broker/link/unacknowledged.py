@@ -14,7 +14,10 @@ import msgspec
 
 from fedmq.broker.link.events import Send
 from fedmq.broker.wire.schema import Buffer, ChunkRequest, NumberedFrame
-from fedmq.broker.wire.window import WINDOW_BYTES, WINDOW_FRAMES, held_bytes
+from fedmq.broker.wire.window import RESERVED_BYTES, WINDOW_BYTES, WINDOW_FRAMES, held_bytes
+
+WINDOWS_TO_DOUBLE = 8
+"""Windows without a loss after which a window that was shrunk is twice as large."""
 
 
 @dataclass
@@ -49,6 +52,10 @@ class UnacknowledgedFrames:
         """Number after the last frame that was sent over the present connection."""
         self._window_bytes = 0
         """Bytes of the unacknowledged frames among these."""
+        self._window = WINDOW_BYTES
+        """Most bytes of them."""
+        self._asked = -1
+        """`_sent` when an acknowledgment was last asked for."""
         self._served: dict[bytes, _Served] = {}
         """The blobs of all these frames, by digest."""
 
@@ -88,19 +95,37 @@ class UnacknowledgedFrames:
 
     def restart(self) -> None:
         """After a reconnect, send all of these frames again."""
-        self._sent, self._window_bytes = self.oldest, 0
+        self._sent, self._window_bytes, self._asked = self.oldest, 0, -1
+
+    def shrink_window(self) -> None:
+        """Send less at a time: the broker has dropped frames, because too many wait.
+
+        It would drop most of a large window again and again.
+        """
+        self._window = RESERVED_BYTES
 
     def ready(self) -> Iterator[Send]:
         """Yield the actions that send the next frames, in order, as far as the window allows."""
         while (
             self._sent < self._next_n
             and self._sent - self._next_n + len(self._frames) < WINDOW_FRAMES
-            and self._window_bytes < WINDOW_BYTES
+            and self._window_bytes < self._window
         ):
             frame = self._frames[self._sent]
             self._window_bytes += frame.nbytes
             self._sent += 1
             yield frame.send
+
+    def wants_ack(self) -> bool:
+        """Return once whether to ask for an acknowledgment: a window that was shrunk is full.
+
+        A broker acknowledges late, for windows of the usual size.
+        """
+        full = self._sent < self._next_n and self._window < WINDOW_BYTES
+        asks = full and self._asked != self._sent
+        if asks:
+            self._asked = self._sent
+        return asks
 
     def acknowledged(self, upto: int) -> None:
         """Discard the frames up to this number, and the blobs that no other frame names."""
@@ -108,6 +133,8 @@ class UnacknowledgedFrames:
             n, frame = self._frames.popitem(last=False)
             if n < self._sent:
                 self._window_bytes -= frame.nbytes
+                grown = self._window + frame.nbytes // WINDOWS_TO_DOUBLE
+                self._window = min(WINDOW_BYTES, grown)
             else:
                 self._sent = n + 1  # it was sent over an earlier connection
             for digest in frame.blobs:
@@ -143,6 +170,8 @@ class UnacknowledgedFrames:
                 named[digest] = named.get(digest, 0) + 1
         if named != {digest: served.posts for digest, served in self._served.items()}:
             raise AssertionError("the served blobs are not those of the unacknowledged frames")
+        if not RESERVED_BYTES <= self._window <= WINDOW_BYTES:
+            raise AssertionError(f"the window has {self._window} bytes")
         window = [each.nbytes for n, each in self._frames.items() if n < self._sent]
         if sum(window) != self._window_bytes or len(window) > WINDOW_FRAMES:
             count, nbytes = len(window), self._window_bytes

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import zmq
 from msgspec import Struct
 
+from fedmq.broker.access.quotas import network_of
 from fedmq.broker.access.rights import Origin
 from fedmq.broker.open_files import files_left
 from fedmq.broker.settings import Limits
@@ -33,7 +34,7 @@ class _Accepted(Struct, eq=False):
     """A connection that libzmq has accepted and not reported as lost.
 
     peer: its routing id, once a message has come. close_at: when to close it; monotonic.
-    host: address of the peer's host; None if it was not asked for yet.
+    host: of the peer, see `network_of`; None if it was not asked for yet.
     """
 
     fd: int
@@ -239,13 +240,13 @@ def _address(part: zmq.Frame) -> str:
 
 
 def _host(fd: int) -> str:
-    """Return the address of the host at the other end of a connection; "" if unknown."""
+    """Return the host at the other end of a connection, see `network_of`; "" if unknown."""
     try:
         with _borrowed(fd) as one:
             name = one.getpeername()
     except OSError:
         return ""
-    return str(name[0]) if isinstance(name, tuple) else ""
+    return network_of(str(name[0])) if isinstance(name, tuple) else ""
 
 
 @contextlib.contextmanager

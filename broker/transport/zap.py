@@ -28,11 +28,14 @@ _MOST_KEYS = 1000
 
 
 class RefusedKey(NamedTuple):
-    """A key without rights that has tried to connect, and the number of others since the last."""
+    """A key without rights that has tried to connect.
+
+    other_keys: number of others since the last report.
+    """
 
     key: str
     address: str
-    others: int
+    other_keys: int
 
 
 class Door:

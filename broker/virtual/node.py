@@ -290,8 +290,9 @@ class VirtualPort:
         self._network.hang_up(self)
 
     def report(self, report: Blocked | OutOfTouch | BackInTouch) -> None:
-        """Keep a report."""
-        self.reports.append(report)
+        """Keep a report, if the process is checked."""
+        if self._checked:
+            self.reports.append(report)
 
     def report_failure(self, error: Exception) -> None:
         """Raise the error, so that it is not overlooked."""

@@ -8,6 +8,7 @@ order of their times.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import greenlet
@@ -37,16 +38,18 @@ class SideTasks:
         self._paused = self._killed = False
 
     def start_at(self, when: float, work: Callable[[], object]) -> None:
-        """Start a task at a true time."""
-        self._network.at(when, functools.partial(self._start, work))
+        """Start a task at a true time; at an infinite one, never."""
+        if when < math.inf:
+            self._network.at(when, functools.partial(self._start, work))
 
     def sleep_until(self, when: float) -> None:
-        """Let the calling task wait until a true time.
+        """Let the calling task wait until a true time; at an infinite one, until it is killed.
 
         Raises:
             Killed: the process was killed meanwhile.
         """
-        self._network.at(when, functools.partial(self._resume, greenlet.getcurrent()))
+        if when < math.inf:
+            self._network.at(when, functools.partial(self._resume, greenlet.getcurrent()))
         self._switch()
 
     def wait(self) -> None:

@@ -20,10 +20,13 @@ ROLES = (AGGREGATOR, EVALUATOR, WORKER, OBSERVER)
 BROKER = "broker"
 
 MAX_RANGES = 1000
-"""Most ranges of clients in one Hello."""
+"""Most ranges of clients in one Hello, or in one message about their availability."""
 
 CONTINUED = "continued"
 """Kind of the broker's message that a run has been continued."""
+
+AVAILABILITY = "availability"
+"""Kind of a worker's message to the aggregator that some of its clients came back or went away."""
 
 CLIENT = "client"
 """The address of client 17 is ``client/17``."""

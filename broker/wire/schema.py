@@ -162,7 +162,10 @@ class Reject(Frame, frozen=True, kw_only=True):
 
 
 class UnknownSession(Frame, frozen=True, kw_only=True, tag="stranger"):
-    """The broker does not know this connection: send Hello."""
+    """The broker does not know this connection, or lacks frames of it: send Hello."""
+
+    dropped: bool | UnsetType = UNSET
+    """Whether it has dropped frames, because too many wait. Not sent before 1.3."""
 
 
 class Serving(Struct, frozen=True):
@@ -330,6 +333,8 @@ class Heartbeat(Frame, frozen=True, kw_only=True, tag="beat"):
     """From a node: as in `NumberedFrame`."""
     sent: Natural = 0
     """From the broker: every delivery numbered below this has been sent."""
+    ack: bool | UnsetType = UNSET
+    """From a node: acknowledge what came before this at once. Not sent before 1.3."""
 
 
 class RunEnded(NumberedFrame, frozen=True, kw_only=True, tag="over"):

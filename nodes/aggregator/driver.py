@@ -83,8 +83,9 @@ class AggregatorDriver:
                     if refused:  # others are acknowledged with the next checkpoint
                         self._port.done([], {seq: refused}, {seq: code})
                 case AckUpTo(but):
-                    self._port.done([seq for seq in self._unsettled if seq not in but])
-                    self._unsettled = [seq for seq in self._unsettled if seq in but]
+                    later = frozenset(but)
+                    self._port.done([seq for seq in self._unsettled if seq not in later])
+                    self._unsettled = [seq for seq in self._unsettled if seq in later]
                 case Commit():
                     self._port.begin_commit(action)
                 case EndRun(reason, failed, error):

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedmq.broker.rejections import Code, Rejection
 from fedmq.broker.wire.addresses import EVALUATOR, WORKER
-from fedmq.broker.wire.client_map import ClientMap
+from fedmq.broker.wire.client_map import ClientMap, is_range
 from fedmq.broker.wire.schema import Message
 
 Clients = npt.NDArray[np.int64]
@@ -71,8 +71,8 @@ class ClientSet:
         ends = np.cumsum(self._counts)
         blocks = np.searchsorted(ends, positions, side="right")
         found = np.empty(len(positions), np.int64)
-        edges = np.flatnonzero(np.diff(blocks, prepend=-1, append=-1)).tolist()
-        for first, end in itertools.pairwise(edges):
+        edges = [0, *as_list(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1), len(blocks)]
+        for first, end in itertools.pairwise(edges if len(blocks) else ()):
             block = int(blocks[first])
             start = block << _BLOCK_BITS
             members = np.flatnonzero(self._has[start : start + (1 << _BLOCK_BITS)])
@@ -160,7 +160,7 @@ class Fleet:
         found = []
         for name in ("back", "away"):
             ranges = message.body.get(name, [])
-            if not isinstance(ranges, list) or not all(map(_is_range, ranges)):
+            if not isinstance(ranges, list) or not all(map(is_range, ranges)):
                 text = f"expected ranges [low, high] of clients in {name}"
                 return Rejection(Code.MALFORMED, text)
             for low, high in ranges:
@@ -249,10 +249,3 @@ def as_list(clients: Clients) -> list[int]:
     """Return clients as Python's own numbers."""
     found: list[int] = clients.tolist()
     return found
-
-
-def _is_range(value: object) -> bool:
-    match value:
-        case [int(low), int(high)] if low <= high:
-            return not isinstance(low, bool) and not isinstance(high, bool)
-    return False

@@ -43,7 +43,7 @@ from fedmq.nodes.run.setup import check_attainable, set_up
 from fedmq.nodes.run.version_zero import version_zero
 from fedmq.nodes.run_folder.model_files import remove_model, save_model
 
-_QUIET_S, _REPEAT_S = 5.0, 60.0
+QUIET_S, _REPEAT_S = 5.0, 60.0
 """Seconds without messages before the log names the awaited clients, and between repetitions."""
 
 
@@ -131,6 +131,7 @@ class LinkedAggregator:
         folder: of the final model; None to save none.
         log: of this node.
         beside: runs a function while the inbox is handled.
+        quiet_s: time without messages before the log names the awaited clients, in seconds.
     """
 
     def __init__(
@@ -140,10 +141,12 @@ class LinkedAggregator:
         folder: Path | None = None,
         log: FilteringBoundLogger | None = None,
         beside: Callable[[Callable[[], None]], None] = _in_thread,
+        quiet_s: float = QUIET_S,
     ) -> None:
         self.link, self.log = link, log or structlog.get_logger()
         self.post, self.done, self.over = link.post, link.done, link.over
         self._problem, self._folder, self._beside = problem, folder, beside
+        self.quiet_s = quiet_s
 
     def begin_commit(self, commit: Commit) -> None:
         """Do the work of a commit beside the inbox, then post its message."""
@@ -191,7 +194,7 @@ def fold_until_over(
     disagreeing: set[str] = set()
     while True:
         driver.carry_out(actions)
-        while not link.wait(_QUIET_S):
+        while not link.wait(port.quiet_s):
             wait_log.update(core.missing_clients())
         delivery = link.get()
         message = delivery.message

@@ -14,7 +14,7 @@ from fedmq.algorithms.base import OpaqueState
 from fedmq.broker.rejections import Rejection
 from fedmq.broker.wire.addresses import TIMER
 from fedmq.broker.wire.schema import Message
-from fedmq.nodes.aggregator.checkpoint import Fold
+from fedmq.nodes.aggregator.checkpoint import Counts, Fold
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.evaluations import Evaluations
 from fedmq.nodes.aggregator.fleet import Fleet
@@ -87,6 +87,26 @@ class AggregatorState:
     def failed(self) -> bool:
         """Return whether the run ends, or has ended, without reaching its goal."""
         return self._failed
+
+    @property
+    def finishing(self) -> str:
+        """Return why the run ends, or has ended; "" while it goes on."""
+        return self._finishing
+
+    @property
+    def position(self) -> int:
+        """Return the number of the last message that the state includes."""
+        return self._position
+
+    @property
+    def deferred(self) -> tuple[int, ...]:
+        """Return the numbers of the messages up to there that it does not include."""
+        return self._deferred.numbers()
+
+    @property
+    def counts(self) -> Counts:
+        """Return the counts of results so far."""
+        return self._results.counts
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the current model by name."""
@@ -203,7 +223,8 @@ class AggregatorState:
         if left > _LEAST_TIMER_S:
             self._set_wall_timer(min(left, limit), out)
             return
-        self._finishing = self._finishing or self._goal.limit_reached(self._spent, limit)[1]
+        wall_s = max(limit, limit - left)  # the tick may come a little earlier
+        self._finishing = self._finishing or self._goal.limit_reached(self._spent, wall_s)[1]
         self._running = True  # it ends even if it waits for clients to join
 
     def _faults(self) -> Iterator[str]:

@@ -89,7 +89,7 @@ class ChildCommand:
             while True:
                 try:
                     self._read()
-                    code = self._process.wait(_END_S)
+                    code = self._process.wait()
                     break
                 except KeyboardInterrupt as error:
                     interrupt = interrupt or error
@@ -155,7 +155,7 @@ class ChildCommand:
 
 def _environment() -> dict[str, str]:
     """Return an environment in which the modules that this process can import are importable."""
-    here = [str(Path.cwd()) if each == "" else each for each in sys.path]
+    here = [str(each) if each else str(Path.cwd()) for each in sys.path]
     own = _own_paths()
     path = [each for each in here if each not in own]
     kept = {name: value for name, value in os.environ.items() if name not in _TERMINAL_VARIABLES}

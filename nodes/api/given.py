@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,6 +139,6 @@ def _plain(value: Any, key: str) -> Any:
     number = getattr(value, "item", None)  # of numpy and torch
     if callable(number) and getattr(value, "ndim", None) == 0:
         value = number()
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool | int | float | str | dt.date | dt.time):
         return value
     raise ConfigError(f"{key}: expected a number, a text, a list or a table, got {value!r:.200}")

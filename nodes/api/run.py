@@ -18,12 +18,12 @@ from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.history.facts import client_of
 from fedmq.nodes.history.run import RunHistory, runs_of
 from fedmq.nodes.process.exception_text import reason_of
-from fedmq.nodes.process.terminal import plural, size_text
+from fedmq.nodes.process.terminal import duration, plural, size_text
 from fedmq.nodes.run.config import Config, parse
 from fedmq.nodes.run.config import load as load_config
 from fedmq.nodes.run_folder.folder import begun_at, usable_config
 from fedmq.nodes.run_folder.summary import summary_of
-from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE
+from fedmq.nodes.run_folder.summary_file import SIMULATED_IN_S, SUMMARY_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +135,7 @@ class Run:
         ]
         return ArrayTable.of_rows(rows, "client", ("client", "tasks", "used"))
 
-    @property
+    @functools.cached_property
     def trace(self) -> RunTrace:
         """Return the messages of the run, to iterate over."""
         return RunTrace(self.folder, self._run_id)
@@ -263,5 +263,5 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
         *facts,
         f"{plural(summary['results']['used'], 'result')} used",
         f"{size_text(sizes['up']['payload'])} up, {size_text(sizes['down']['payload'])} down",
-        f"{summary['wall_s']:.1f} s",
+        f"{'simulated ' if SIMULATED_IN_S in summary else ''}{duration(summary['wall_s'])}",
     ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from fedmq.broker.errors import BrokerError
 from fedmq.nodes.api.child_command import ChildCommand
 from fedmq.nodes.api.given import Given, GivenConfig
 from fedmq.nodes.api.run import Run
@@ -119,10 +120,16 @@ def execute(
         return Run(path)
     if code == _BAD_INPUT:
         raise ConfigError(child.reason)
-    made: Run | None = None
-    with contextlib.suppress(NodeError):
-        made = Run(path)
+    made = _readable(path)
     raise RunFailed(_why(child, code, made), made)
+
+
+def _readable(folder: Path) -> Run | None:
+    """Return the run in a folder; None if it had not begun, or its files are damaged."""
+    with contextlib.suppress(NodeError, BrokerError):
+        run = Run(folder)
+        return run if run.status else None
+    return None
 
 
 def _why(child: ChildCommand, code: int, made: Run | None) -> str:

@@ -26,6 +26,8 @@ from fedmq.nodes.run_folder.folder import held
 
 How = Literal["run", "simulate"]
 """How to make the runs: by `fedmq.run` or by `fedmq.simulate`."""
+_NEEDED = {"workers": "run", "processes": "simulate", "on": "simulate"}
+"""Value of ``how`` that an option needs."""
 _COMMANDS: Mapping[str, Command] = {"run": "cluster", "simulate": "simulate"}
 
 
@@ -38,6 +40,7 @@ def sweep(
     jobs: int = 1,
     workers: int | None = None,
     processes: int | None = None,
+    on: Literal["ray"] | None = None,
     progress: bool | None = None,
 ) -> Sweep:
     """Run a configuration with each combination of some values, and return all the runs.
@@ -53,7 +56,8 @@ def sweep(
         folder: of the sweep, with a folder for each run; by default a new one in ``runs``.
         jobs: number of runs at the same time.
         workers: number of worker processes of each run, for ``how="run"``.
-        processes: number of processes that train, for each ``how="simulate"``.
+        processes: number of processes that train each run, for ``how="simulate"``.
+        on: ``"ray"`` trains on a Ray cluster, for ``how="simulate"``.
         progress: whether to print a line for each run; by default, in a notebook and if standard
             error is a terminal.
 
@@ -61,9 +65,9 @@ def sweep(
         ConfigError: a configuration is invalid, or the folder has a run of another configuration.
         KeyboardInterrupt: it was interrupted, and all runs have ended.
     """
-    made = Sweeper(
-        base, over, how, folder, jobs, workers, processes, show=printer(progress=progress)
-    )
+    options = {"workers": workers, "processes": processes, "on": on}
+    show = printer(progress=progress)
+    made = Sweeper(base, over, how, folder, jobs, options, show=show)
     made.work()
     return made.sweep
 
@@ -72,7 +76,8 @@ class Sweeper:
     """Makes the runs of a sweep.
 
     Args:
-        base, over, how, folder, jobs, workers, processes: see `sweep`.
+        base, over, how, folder, jobs: see `sweep`.
+        options: of each run's command, by name; None for none.
         show: prints a line of progress.
 
     Attributes:
@@ -89,8 +94,7 @@ class Sweeper:
         how: How,
         folder: str | os.PathLike[str] | None,
         jobs: int = 1,
-        workers: int | None = None,
-        processes: int | None = None,
+        options: Mapping[str, int | str | None] = {},
         *,
         show: Callable[[str], None],
     ) -> None:
@@ -98,16 +102,13 @@ class Sweeper:
             raise ConfigError(f"how: expected one of {', '.join(_COMMANDS)}, got {how!r}")
         if jobs < 1:
             raise ConfigError(f"jobs: expected at least 1, got {jobs}")
-        for name, value, needs in (
-            ("workers", workers, "run"),
-            ("processes", processes, "simulate"),
-        ):
-            if value is not None and how != needs:
-                raise ConfigError(f'{name}: expected how="{needs}", got {how!r}')
+        given = {name: value for name, value in options.items() if value is not None}
+        for name in given:
+            if how != _NEEDED[name]:
+                raise ConfigError(f'{name}: expected how="{_NEEDED[name]}", got {how!r}')
         self._how: How = how
         self._jobs, self._show = jobs, show
-        self._options = [] if workers is None else ["--workers", str(workers)]
-        self._options += [] if processes is None else ["--processes", str(processes)]
+        self._options = [text for name in given for text in (f"--{name}", str(given[name]))]
         self._cells = grid(Given.of(base), over)
         path = Path(folder or RUNS / f"sweep-{draw_id()}").absolute()
         self._record = SweepRecord(path, how, self._cells)
@@ -183,11 +184,11 @@ class Sweeper:
             return None
         try:
             run = Run(folder)
+            if run.status == FINISHED:
+                return run
         except ConfigError:
-            return None
-        if run.status == FINISHED:
-            return run
-        if self._how == "simulate":
+            pass  # it had not begun
+        if self._how == "simulate" and folder.exists():
             with held(folder):
                 shutil.rmtree(folder)
         return None

@@ -93,6 +93,8 @@ def value_text(value: Any) -> str:
             return NONE
         case str():
             return value
+        case {"name": str(name), **others}:
+            return name + (f" {value_text(others)}" if others else "")
         case Mapping():
             return ", ".join(f"{key}={value_text(each)}" for key, each in value.items())
         case _:

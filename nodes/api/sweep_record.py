@@ -45,13 +45,13 @@ class SweepRecord:
         }
         for cell in cells:
             # An extended run keeps its old goal until it has reached the new one.
-            self._runs.setdefault(cell.name, cell.given.tables)
+            self._runs.setdefault(cell.name, _as_json(cell))
         self._save()
 
     def reached(self, cell: GridCell) -> None:
         """Record the new goal of a run that has reached it."""
         if cell.name in self.extended:
-            self._runs[cell.name] = cell.given.tables
+            self._runs[cell.name] = _as_json(cell)
             self._save()
 
     def write(self, name: str, text: str) -> None:
@@ -100,7 +100,7 @@ class SweepRecord:
         Raises:
             ConfigError: another key differs.
         """
-        there, here = Given.of(before).checked.model_dump(), cell.given.checked.model_dump()
+        there, here = (Given.of(each).checked.model_dump() for each in (before, _as_json(cell)))
         found = differences(there, here)
         # A simulation depends on every key, and starts over instead of being resumed.
         kinds = {key: kind_of_key(key) if self._how == "run" else None for key in found}
@@ -115,3 +115,9 @@ class SweepRecord:
                 "choose another folder for this sweep"
             )
         return "goal" in kinds.values()
+
+
+def _as_json(cell: GridCell) -> dict[str, Any]:
+    """Return the tables of a run as JSON has them; TOML has dates, too."""
+    tables: dict[str, Any] = json.loads(json.dumps(cell.given.tables, default=str))
+    return tables

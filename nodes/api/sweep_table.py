@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmq.nodes.api.sweep_grid import SEED, short_names, value_text
-from fedmq.nodes.process.terminal import WIDTH, fitted, plain, size_text, table
+from fedmq.nodes.process.terminal import WIDTH, duration, fitted, plain, size_text, table
 
 FINISHED = "finished"
 FIGURES = (
@@ -87,7 +87,11 @@ def lines(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
             cells.append(_percent(_mean(_known(done, "best_accuracy"))))
         used, seconds = (_mean(_known(done, name)) for name in ("results_used", "wall_s"))
         sizes = [_mean(_known(done, name)) for name in ("bytes_up", "bytes_down")]
-        cells += [_number(used), _seconds(seconds), *map(size_text, sizes)]
+        cells += [
+            _number(used),
+            "-" if seconds is None else duration(seconds),
+            *map(size_text, sizes),
+        ]
         body.append(cells)
     return table(head, body, width=WIDTH)
 
@@ -149,7 +153,3 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
-
-
-def _seconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} s" if value < 1000 else f"{value:,.0f} s"

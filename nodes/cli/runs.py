@@ -1,7 +1,9 @@
-"""The commands that simulate runs, and that make many runs."""
+"""``fedmq simulate`` and ``fedmq sweep``: a run in virtual time, and many runs."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -49,12 +51,13 @@ def simulate(
 ) -> None:
     """Simulate a run of many clients in virtual time, with real training.
 
-    CONFIG is a TOML file; keys that it and --set leave out have their defaults. The table
-    [simulation] has the speed, connection and availability of the clients' devices. The result is
-    the folder of a run, as of fedmq cluster.
+    CONFIG is a TOML file, or - for standard input; keys that it and --set leave out have their
+    defaults. The table [simulation] has the speed, connection and availability of the clients'
+    devices. The result is the folder of a run, as of fedmq cluster.
     """
     from fedmq.nodes.cluster.continuing import asking, check_simulated, show_ended
-    from fedmq.nodes.population.table import STARTS_AT
+    from fedmq.nodes.cluster.forking import preloading
+    from fedmq.nodes.population.table import STARTS_AT, SimulationTable
 
     settings = (*settings, *([f"problem.clients={clients}"] if clients else []))
     streams.go_on_without_output()
@@ -67,17 +70,25 @@ def simulate(
             check_simulated(asked)
             show_ended(asked, console, _SIMULATE_AGAIN)
             sys.exit(1 if asked.recorded.failed else 0)
-        from fedmq.nodes.run.devices import choose_device
-        from fedmq.nodes.run.setup import check_attainable, set_up
-        from fedmq.nodes.simulation.command import SimulationCommand, population_of, trainer_of
+        if processes is None:
+            table = asked.config.simulation or SimulationTable()
+            trains_here = cluster is None and table.learner == "train"
+            processes = len(os.sched_getaffinity(0)) if trains_here else 0
+        # The server that forks the training processes imports torch at the same time.
+        with preloading() if processes else contextlib.nullcontext():
+            from fedmq.nodes.run.devices import choose_device
+            from fedmq.nodes.run.setup import check_attainable, set_up
+            from fedmq.nodes.simulation.clients import population_of
+            from fedmq.nodes.simulation.command import SimulationCommand, trainer_of
 
-        with own_code("problem.name"):
-            setup = set_up(asked.config)
-            device = choose_device(setup.config.worker.device)
-            check_attainable(setup)
-            population = population_of(setup)
-            setup.problem.test()
-            setup.problem.client(0)
+            with own_code("problem.name"):
+                setup = set_up(asked.config)
+                # Without the data or the device, nothing is started.
+                device = choose_device(setup.config.worker.device)
+                check_attainable(setup)
+                population = population_of(setup)
+                setup.problem.test()
+                setup.problem.client(0)
         make, trained_by = trainer_of(setup, device, processes, cluster)
         code = SimulationCommand(
             setup, asked.folder, STARTS_AT, console, population, make, trained_by
@@ -116,6 +127,7 @@ def simulate(
 @click.option(
     "--processes", type=WholeNumber(min=0), help="Number of processes that train a simulation."
 )
+@click.option("--on", "cluster", type=Word(["ray"]), help="Train simulations on a Ray cluster.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, with a row for each run.")
 def sweep(
     config: Path | None,
@@ -127,6 +139,7 @@ def sweep(
     jobs: int,
     workers: int | None,
     processes: int | None,
+    cluster: str | None,
     as_csv: bool,  # noqa: FBT001 - click's
 ) -> None:
     """Run a configuration with each combination of some values, and compare the results.
@@ -151,16 +164,16 @@ def sweep(
             raise ConfigError("sweep: expected --over KEY=A,B or --seeds N, what to compare")
         if simulated and workers is not None:
             raise ConfigError("--workers: a simulation has no workers; --processes trains it")
-        if not simulated and processes is not None:
-            raise ConfigError("--processes: expected it with --simulate; use --workers")
+        for name, value in (("--processes", processes), ("--on", cluster)):
+            if not simulated and value is not None:
+                raise ConfigError(f"{name}: expected --simulate, too")
         sweeper = Sweeper(
             Given.of_command(config, settings).tables,
             over,
             "simulate" if simulated else "run",
             folder,
             jobs,
-            workers,
-            processes,
+            {"workers": workers, "processes": processes, "on": cluster},
             show=lambda line: click.echo(line, err=True),
         )
         made = sweeper.sweep

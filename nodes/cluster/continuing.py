@@ -20,6 +20,7 @@ from fedmq.broker.settings import Continuation
 from fedmq.nodes.cluster.view import closing_table
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory
+from fedmq.nodes.population.table import stand_in_of
 from fedmq.nodes.run.config import Config, changed, load, parse
 from fedmq.nodes.run.config_difference import Differences, differences, shown
 from fedmq.nodes.run.goal import Goal, Spent
@@ -60,7 +61,6 @@ here: describes this host; does not affect what is learned.
 """
 _SIMULATED_MAY_DIFFER = ("worker", "broker")
 """Tables that may differ when the command of a simulated run is repeated, which shows the run."""
-_EXTEND = "To extend it, set a higher run.versions"
 _NAMED = ("problem", "algorithm", "schedule")
 _SHOWN = 12
 """Differing keys in an error, at most."""
@@ -181,6 +181,7 @@ def continuation(asked: Asked) -> Continuation | None:
     before, now = completed(before, now.allowed), completed(now)
     found = _differences(before, now)
     _check_same(asked, found)
+    _check_learner(asked, before, now)
     goal, best = Goal.of(now.run), run.best_accuracy
     changed_goal = any(kind_of_key(key) == "goal" for key in found)
     if changed_goal and goal.versions < run.version:
@@ -195,7 +196,7 @@ def continuation(asked: Asked) -> Continuation | None:
                 f"run.target_accuracy: expected more than {best:.4f}, the best accuracy of run "
                 f"{run.run} in {asked.folder}, or {NONE}, got {goal.target_accuracy:g}"
             )
-        key, reason = goal.limit_reached(_spent(run), run.wall_s)
+        key, reason = _limit_reached(run, goal)
         if changed_goal and reason:
             raise ConfigError(
                 f"{key}: expected more than run {run.run} in {asked.folder} has used, or {NONE}: "
@@ -243,13 +244,13 @@ def about(asked: Asked, resumed: Continuation) -> str:
     return f"{verb} run {resumed.run} from version {version}"
 
 
-def show_ended(asked: Asked, console: Console, hint: str = _EXTEND) -> None:
+def show_ended(asked: Asked, console: Console, hint: str = "") -> None:
     """Print the closing table of a run that has ended.
 
     Args:
         asked: the run.
         console: where to print.
-        hint: how to go on.
+        hint: how to go on; by default, which key extends the run.
 
     Raises:
         LedgerError: the ledger is damaged.
@@ -262,6 +263,8 @@ def show_ended(asked: Asked, console: Console, hint: str = _EXTEND) -> None:
     if asked.contents is not None and asked.contents.simulated:
         summary |= {SIMULATED_IN_S: recorded_value(asked.folder, SIMULATED_IN_S)}
     console.print(closing_table(summary), soft_wrap=True)
+    key = _limit_reached(asked.recorded, Goal.of(asked.config.run))[0] or "run.versions"
+    hint = hint or f"To extend it, set a higher {key}"
     console.print(
         f"run {summary['run']} has ended; nothing was started. {hint}",
         highlight=False,
@@ -270,13 +273,14 @@ def show_ended(asked: Asked, console: Console, hint: str = _EXTEND) -> None:
     )
 
 
-def _spent(run: RunHistory) -> Spent:
-    """Return what a run has used of its limits."""
+def _limit_reached(run: RunHistory, goal: Goal) -> tuple[str, str]:
+    """Return the key of a limit that a run has reached, and the reason; ("", "") if none."""
     spent = Spent(payload_bytes=run.payload_up + run.payload_down)
     for point in run.curve:
         if point.accuracy is not None and not point.is_partial:
             spent.evaluated(point.accuracy)
-    return spent
+    spent.started_at, spent.stopped_s = run.recorded_at, run.stopped_s
+    return goal.limit_reached(spent, spent.wall_s(run.now or 0.0))
 
 
 def _check_code(asked: Asked) -> None:
@@ -304,6 +308,19 @@ def _check_same(asked: Asked, found: Differences, may_differ: Collection[str] = 
     raise ConfigError(
         f"run {asked.recorded.run} in {asked.folder} has another configuration: "
         f"{'; '.join(named[:_SHOWN])}{more}. Use the same values, or another folder with --run"
+    )
+
+
+def _check_learner(asked: Asked, before: Config, now: Config) -> None:
+    """Raise ConfigError if clients would train something else: ``simulation`` is mostly `here`."""
+    learners = stand_in_of(before.simulation), stand_in_of(now.simulation)
+    if learners[0] == learners[1]:
+        return
+    old, new = (
+        "'train'" if each is None else f"'curve' with {each.model_dump()}" for each in learners
+    )
+    raise ConfigError(
+        f"simulation.learner: expected {old}, as in run {now.run.id} in {asked.folder}, got {new}"
     )
 
 

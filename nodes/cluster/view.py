@@ -26,6 +26,7 @@ from fedmq.nodes.process.terminal import (
     fitted,
     plain,
     plural,
+    ranges_in_words,
     size_text,
 )
 from fedmq.nodes.run.config import parse
@@ -325,7 +326,7 @@ def warnings(history: RunHistory, *, waits: bool) -> dict[str, str]:
     if history.disagreeing:
         found["different first model on"] = ", ".join(history.disagreeing)
     if waits and (missing := history.missing_clients):
-        found["waiting for"] = clients_in_words(missing)
+        found["waiting for"] = ranges_in_words(missing)
     elif waits and (working := history.working_clients):
         found["waiting for"] = f"results of {clients_in_words(working)}"
     return found

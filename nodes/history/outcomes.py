@@ -72,7 +72,7 @@ class Cohorts:
         self.last = own, cohort
 
 
-@dataclass
+@dataclass(slots=True)
 class ClientRecord:
     """Outcomes of one client's tasks.
 

@@ -50,6 +50,8 @@ class RunHistory:
     """Newest configuration, as TOML."""
     begun: bool = False
     """Whether the aggregator has recorded that the run begins."""
+    recorded_at: float | None = None
+    """Time of the aggregator's record that the run begins; None before it."""
     arithmetic: int | None = None
     """See `fedmq.nodes.aggregator.computed`; None before the aggregator's first record."""
     total_clients: int | None = None
@@ -124,7 +126,7 @@ class RunHistory:
                 if message.kind == CONTINUED:
                     self._continued(entry.seq, message)
             elif message.sender == self.tracker.placement.aggregator:
-                self._from_aggregator(message, facts.task)
+                self._from_aggregator(entry.at, message, facts.task)
             elif message.kind in ANSWERS:
                 self._answer(entry, message, facts.task)
             return facts
@@ -193,12 +195,14 @@ class RunHistory:
         return found
 
     @property
-    def missing_clients(self) -> list[int]:
-        """Return the unreachable clients if the run waits for them: no node has a task."""
+    def missing_clients(self) -> list[tuple[int, int]]:
+        """Return the unreachable clients if the run waits for them: no node has a task.
+
+        They are ranges, both ends included.
+        """
         if self.ended is not None or not self.begun or self.total_clients is None or self.at_work:
             return []
-        host_of = self.tracker.placement.host_of
-        return [k for k in range(self.total_clients) if host_of(f"client/{k}") is None]
+        return self.tracker.placement.unreachable(self.total_clients)
 
     @property
     def working_clients(self) -> list[int]:
@@ -234,14 +238,14 @@ class RunHistory:
             self.outcomes.extended()
             self.tracker.withdraw_all()
 
-    def _from_aggregator(self, message: Message, task: SentTask | None) -> None:
+    def _from_aggregator(self, at: float, message: Message, task: SentTask | None) -> None:
         if task is not None:
             self._sent(message, task)
             return
         body = message.body
         match message.kind:
             case "run":
-                self.run, self.begun = message.run, True
+                self.run, self.begun, self.recorded_at = message.run, True, at
                 self.config = str(body.get("config", ""))
                 self.arithmetic = natural(body.get("arithmetic", 1))
                 self.version_0 = body.get("version_0")

@@ -8,12 +8,14 @@ from typing import Any
 from fedmq.broker.ledger.entries import Accepted, AnyEntry, Refusal
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
+    AVAILABILITY,
     BROKER,
     CONTINUED,
     EVALUATOR,
     WORKER,
     node_address,
 )
+from fedmq.broker.wire.client_map import ClientMap, is_range
 from fedmq.broker.wire.schema import Message
 from fedmq.nodes.history.facts import Facts, SentTask, client_of, natural
 from fedmq.nodes.messages.actions import ANSWERS
@@ -47,9 +49,16 @@ class Placement:
         self.nodes: dict[str, NodeState] = {}
         self.aggregator = AGGREGATOR
         self._hosts: dict[str, str] = {}
+        self._host_of_client = ClientMap()
+        self._away = bytearray()
+        """1 for each client that is not available, though its node may be connected."""
 
     def feed(self, message: Message) -> None:
-        """Process the next message of the broker."""
+        """Process the next message of the broker, or of a worker on the availability of clients."""
+        if message.kind == AVAILABILITY:
+            for name, flag in (("back", b"\0"), ("away", b"\1")):
+                self._mark(message.sender, message.body.get(name), flag)
+            return
         if message.kind == CONTINUED:
             for each in self.nodes.values():
                 each.here = False
@@ -59,6 +68,8 @@ class Placement:
                 self._joined(name, role, ranges)
             case "left", {"node": str(name)} if name in self.nodes:
                 self.nodes[name].here = False
+                for low, high in self._host_of_client.ranges_of(name):
+                    self._away[low : high + 1] = bytes(len(self._away[low : high + 1]))
 
     def node(self, name: str) -> NodeState:
         """Return the state of a node, which may not have joined."""
@@ -66,7 +77,8 @@ class Placement:
 
     def host_of(self, address: str) -> str | None:
         """Return the connected node that hosts an address, or None."""
-        name = self._hosts.get(address)
+        client = client_of(address)
+        name = self._hosts.get(address) if client is None else self._host_of_client.get(client)
         return name if name is not None and self.nodes[name].here else None
 
     def _joined(self, name: str, role: str, ranges: list[Any]) -> None:
@@ -80,8 +92,42 @@ class Placement:
             self._hosts[role] = name
         elif role == WORKER:
             for low, high in ranges:
-                for client in range(low, high + 1):
-                    self._hosts[f"client/{client}"] = name
+                self._host_of_client.assign(low, high, name)
+                self._mark(name, [[low, high]], b"\0")
+
+    def unreachable(self, clients: int) -> list[tuple[int, int]]:
+        """Return which of the clients numbered below ``clients`` can get no task now.
+
+        They are ranges with both ends included: clients without a connected node, and those that
+        are not available.
+        """
+        found = bytearray(b"\1") * clients
+        for low, high, name in self._host_of_client:
+            if self.nodes[name].here:
+                found[low : high + 1] = bytes(len(found[low : high + 1]))
+        for low, high in _ranges_in(self._away):
+            found[low : high + 1] = b"\1" * len(found[low : high + 1])
+        return _ranges_in(found)
+
+    def _mark(self, node: str, ranges: object, flag: bytes) -> None:
+        """Set whether clients of a node are away; ranges that are not its own do not count."""
+        for each in ranges if isinstance(ranges, list) else ():
+            if is_range(each) and self._host_of_client.hosts_all(node, *each):
+                low, high = each
+                self._away.extend(bytes(max(0, high + 1 - len(self._away))))
+                self._away[low : high + 1] = flag * (high - low + 1)
+
+
+def _ranges_in(flags: bytearray) -> list[tuple[int, int]]:
+    """Return the ranges of ones, both ends included."""
+    found = []
+    low = flags.find(1)
+    while low >= 0:
+        end = flags.find(0, low)
+        end = len(flags) if end < 0 else end
+        found.append((low, end - 1))
+        low = flags.find(1, end)
+    return found
 
 
 class TaskTracker:
@@ -110,7 +156,7 @@ class TaskTracker:
         if isinstance(entry, Accepted):
             message, placement = entry.read(), self.placement
             task = None
-            if message.sender == BROKER:
+            if message.sender == BROKER or message.kind == AVAILABILITY:
                 placement.feed(message)
             elif message.sender == placement.aggregator:
                 if message.kind in ("task", "evaluate"):

@@ -138,7 +138,7 @@ def _daily(hours: float, by: str, step_s: float) -> _Builder:
 
     def build(of: _Clients) -> Spells:
         if by == "label":
-            start = np.minimum(of.positions(), math.nextafter(1, 0))
+            start = of.positions() * (1 - hours / 24)
         else:
             start = uniforms(derive_seed(of.seed, "start of the day"), np.arange(of.clients))
         return DailySpells(hours * 3600.0, start, step_s)

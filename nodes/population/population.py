@@ -23,6 +23,17 @@ _BLOCK = 4096
 """Clients whose numbers are drawn together."""
 
 
+def examples_of(spec: float | str, seed: int) -> Callable[[int], int]:
+    """Return the function from a client to its number of examples, at least 1.
+
+    Args:
+        spec: value of ``simulation.curve.examples``.
+        seed: of the run.
+    """
+    drawn = _Blocks(distribution(spec, "simulation.curve.examples"), seed, "examples", 1.0)
+    return lambda client: round(drawn.of(client))
+
+
 class Population:
     """Numbers of each client, drawn from (seed, purpose, client) or (seed, purpose, client, task).
 

@@ -48,7 +48,7 @@ class FaultsTable(_SimulationTable):
     pause_s: longest suspension, in seconds.
     """
 
-    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     node_crash: Annotated[float, Field(ge=0)] = 0.0
     broker_crash: Annotated[float, Field(ge=0)] = 0.0
     power: Annotated[float, Field(ge=0)] = 0.0
@@ -61,13 +61,18 @@ class FaultsTable(_SimulationTable):
 class CurveTable(_SimulationTable):
     """``[simulation.curve]``: the stand-in that ``learner = "curve"`` trains.
 
+    examples: number of training examples of a client, drawn once per client and rounded.
     heterogeneity: how far a client's optimum is from the common one, relative to the first
         model's distance; 0 for clients with the same optimum.
-    noise: standard deviation of the gradient of one example, relative to the first gradient.
+    noise: of the gradient of one example; its unit is in `fedmq.algorithms.problems.quadratic`.
+    curvature: of the steepest direction: SGD of n steps covers about n * lr * curvature of the
+        distance to the optimum along it.
     """
 
+    examples: Spec = 100.0
     heterogeneity: Annotated[float, Field(ge=0)] = 0.5
     noise: Annotated[float, Field(ge=0)] = 1.0
+    curvature: Annotated[float, Field(gt=0)] = 0.1
 
 
 class SimulationTable(_SimulationTable):
@@ -112,3 +117,8 @@ class SimulationTable(_SimulationTable):
         if spec is not None and "availability_step" in info.data:
             check_availability(spec, info.data["availability_step"])
         return spec
+
+
+def stand_in_of(table: SimulationTable | None) -> CurveTable | None:
+    """Return what clients train in place of the problem; None if they train the problem."""
+    return table.curve if table is not None and table.learner == "curve" else None

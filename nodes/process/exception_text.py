@@ -34,6 +34,13 @@ _TRANSIENT = frozenset(
 _STDLIB = sysconfig.get_path("stdlib")
 
 
+class RemoteTraceback(Exception):
+    """The traceback of an exception in another process, as the cause of the exception here.
+
+    Its text is what `fedmq.nodes.process.logs.traceback_text` returned there.
+    """
+
+
 def clip_text(text: str, longest: int = MAX_TEXT) -> str:
     """Return a text as one line of bounded length, without the values of tensors and lists.
 

@@ -20,7 +20,13 @@ import structlog
 
 from fedmq.broker.file_modes import private_opener, restrict
 from fedmq.broker.log_limit import SUPPRESSED, LogLimit
-from fedmq.nodes.process.exception_text import MAX_TEXT, clip_text, described, reason_of
+from fedmq.nodes.process.exception_text import (
+    MAX_TEXT,
+    RemoteTraceback,
+    clip_text,
+    described,
+    reason_of,
+)
 from fedmq.nodes.process.terminal import escaped
 
 _MAX_FRAMES, _MAX_CAUSES = 20, 3
@@ -116,7 +122,7 @@ def append(path: Path, text: str, **bound: str) -> None:
         log.info(text, **bound)
 
 
-def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bound: str) -> None:
+def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bound: str) -> TextIO:
     """Send this process's log to a file as JSON, or to standard error for people.
 
     At its end, the process logs how many lines were suppressed. One of `multiprocessing` must call
@@ -126,6 +132,9 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
         path: the file; None for standard error.
         lost: called once, with the reason, when the file can no longer be written.
         bound: fields of every line, such as run, node and session.
+
+    Returns:
+        The stream. Before closing it, send the log elsewhere.
 
     Raises:
         OSError: the file cannot be opened.
@@ -153,6 +162,7 @@ def configure(path: Path | None, lost: Callable[[str], None] | None = None, **bo
     structlog.contextvars.bind_contextvars(**bound)
     atexit.unregister(report_suppressed)
     atexit.register(report_suppressed)
+    return stream
 
 
 def report_suppressed() -> None:
@@ -213,11 +223,11 @@ def _show_exception(
     elif error and not isinstance(error, BaseException):
         error = sys.exception()
     if isinstance(error, BaseException):
-        event["exception"] = _frames(error)
+        event["exception"] = traceback_text(error)
     return event
 
 
-def _frames(error: BaseException) -> str:
+def traceback_text(error: BaseException) -> str:
     """Return the traceback of an exception and its causes: files, lines, functions, no values."""
     lines: list[str] = []
     each: BaseException | None = error
@@ -226,6 +236,9 @@ def _frames(error: BaseException) -> str:
             break
         if lines:
             lines.append("caused by")
+        if isinstance(each, RemoteTraceback):
+            lines.append(str(each))
+            break
         frames = traceback.StackSummary.extract(
             traceback.walk_tb(each.__traceback__), capture_locals=False, lookup_lines=False
         )[-_MAX_FRAMES:]

@@ -158,7 +158,7 @@ class Replay:
             )
         self.record.first = int(message.id.rpartition("/")[2]) + 1
         step = self._handle(Start(recorded_delivery(self.trace, accepted)))
-        self.record.after = self.core.state_snapshot()["position"]
+        self.record.after = self.core.position
         return step
 
     def _own_id(self, seq: int) -> str | None:
@@ -173,10 +173,7 @@ class Replay:
         """Return whether the core handles this entry next."""
         if not isinstance(entry, Accepted):
             return False
-        if (
-            entry.seq <= self.record.after
-            and entry.seq not in self.core.state_snapshot()["waiting"]
-        ):
+        if entry.seq <= self.record.after and entry.seq not in self.core.deferred:
             return False
         message = entry.read()
         # After its end, a run handles only messages that may extend it.
@@ -191,7 +188,7 @@ class Replay:
         for action in actions:
             if isinstance(action, PostMessage) and action.message.id in self._recorded:
                 self._adopt(self._recorded[action.message.id])
-        if self.record.ended and not self.core.state_snapshot()["finishing"]:  # it was extended
+        if self.record.ended and not self.core.finishing:  # it was extended
             self.record.expect_new_end()
         return ReplayStep(event, actions)
 

@@ -160,8 +160,8 @@ class WhatIf:
                 began = event.at if began is None else began
             if not finishing:  # results after the last version count in neither
                 self._count(step, committed=core.version > version)
-                used = core.state_snapshot()["counts"].used
-            version, finishing = core.version, bool(core.state_snapshot()["finishing"])
+                used = core.counts.used
+            version, finishing = core.version, bool(core.finishing)
             for action in step.actions:
                 if isinstance(action, PostMessage) and action.message.kind == "task":
                     client = action.message.body["client"]

@@ -246,10 +246,13 @@ class Config(_Table):
         """Return the code that may be imported because this configuration names it."""
         return self._allowed
 
+    def tables(self) -> dict[str, Any]:
+        """Return the configuration as tables; without ``simulation`` if there is none."""
+        return self.model_dump(exclude={"simulation"} if self.simulation is None else None)
+
     def to_toml(self) -> str:
         """Return the configuration as complete TOML, which `parse` reads."""
-        left_out = {"simulation"} if self.simulation is None else None  # as in older releases
-        return tomli_w.dumps(with_none_words(self.model_dump(exclude=left_out)))
+        return tomli_w.dumps(with_none_words(self.tables()))
 
 
 def load(path: Path | None, settings: Sequence[str] = (), *, recorded: bool = False) -> Config:
@@ -302,7 +305,7 @@ def changed(config: Config, settings: Sequence[str]) -> Config:
     Raises:
         ConfigError: a key or value is wrong.
     """
-    given = config.model_dump()
+    given = config.tables()
     new: dict[str, Any] = {}
     for setting in settings:
         apply_setting(given, setting)

@@ -108,5 +108,6 @@ class Goal(Struct, frozen=True):
             )
             return "run.patience", text
         if self.max_wall_s is not None and wall_s >= self.max_wall_s:
-            return "run.max_wall_s", f"{self.max_wall_s:g} s have passed (run.max_wall_s)"
+            text = f"{wall_s:.1f} s have passed, run.max_wall_s is {self.max_wall_s:g}"
+            return "run.max_wall_s", text
         return "", ""

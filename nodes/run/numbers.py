@@ -15,6 +15,7 @@ _SPECS = frozenset(
     {
         *("down", "up", "features", "logits", "partition", "staleness", "slowdown"),
         *("compute", "jitter", "latency", "bandwidth_down", "bandwidth_up", "availability"),
+        "examples",  # also a number, of a problem
     }
 )
 """Keys whose text is a spec with numbers, such as ``dirichlet(0.5)``."""

@@ -30,6 +30,8 @@ from fedmq.codecs.raw import Raw
 from fedmq.codecs.registry import make_codec
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.messages.payloads import Codecs
+from fedmq.nodes.population.population import examples_of
+from fedmq.nodes.population.table import stand_in_of
 from fedmq.nodes.process.exception_text import described
 from fedmq.nodes.run.config import Config
 from fedmq.nodes.run.goal import Goal
@@ -183,8 +185,8 @@ def _stand_in(config: Config, problem: Problem, algorithm: AnyAlgorithm) -> Prob
     Raises:
         ConfigError: the algorithm cannot train it.
     """
-    table = config.simulation
-    if table is None or table.learner != "curve":
+    stand_in = stand_in_of(config.simulation)
+    if stand_in is None:
         return problem
     kind: type = type(algorithm)  # a subclass may train in other ways
     if kind not in (FedAvg, FedProx):
@@ -193,7 +195,10 @@ def _stand_in(config: Config, problem: Problem, algorithm: AnyAlgorithm) -> Prob
             f"{algorithm.name}, got 'curve', which stands in for the training of "
             "fedavg and fedprox only"
         )
-    return QuadraticProblem(problem, table.curve.heterogeneity, table.curve.noise)
+    examples = examples_of(stand_in.examples, config.run.seed)
+    return QuadraticProblem(
+        problem, examples, stand_in.heterogeneity, stand_in.noise, stand_in.curvature
+    )
 
 
 def _check_ranges(problem: Problem) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
@@ -27,6 +28,7 @@ from fedmq.nodes.run.setup import Setup
 from fedmq.nodes.run_folder.folder import LEDGER, SIMULATION_LOG, write_config
 from fedmq.nodes.run_folder.summary import summary_of
 from fedmq.nodes.run_folder.summary_file import SIMULATED_IN_S, remove_summary, save_summary
+from fedmq.nodes.simulation.chances import chances_of
 from fedmq.nodes.simulation.population_run import PopulationRun
 from fedmq.nodes.simulation.trainers import InlineTrainer, Trainer, Wait
 from fedmq.nodes.simulation.view import SimulationView
@@ -82,7 +84,11 @@ class SimulationCommand:
             LedgerError: the ledger is damaged.
         """
         code = 1
-        with this_process.taken(), this_process.noting(self._on_signal, watched=True):
+        with (
+            self._logging(),
+            this_process.taken(),
+            this_process.noting(self._on_signal, watched=True),
+        ):
             try:
                 self._start()
                 code = self._simulate()
@@ -112,13 +118,29 @@ class SimulationCommand:
 
     # ---- the run
 
-    def _start(self) -> None:
-        setup = self._setup
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Send the log of all nodes to a file; if it cannot be opened, to standard error."""
+        run = self._setup.config.run.id
         try:
-            logs.configure(self._log_file, node="simulation", run=setup.config.run.id)
+            file = logs.configure(self._log_file, self._lost, node="simulation", run=run)
         except OSError as error:
-            logs.configure(None, node="simulation", run=setup.config.run.id)
-            self._say(f"fedmq: cannot write {self._log_file}: {reason_of(error)}")
+            logs.configure(None, node="simulation", run=run)
+            self._lost(f"cannot write {self._log_file}: {reason_of(error)}")
+            yield
+            return
+        try:
+            yield
+        finally:
+            logs.configure(None, node="simulation", run=run)
+            file.close()
+
+    def _lost(self, what: str) -> None:
+        self._say(f"fedmq: {what}; going on without it")
+
+    def _start(self) -> None:
+        this_process.check()
+        setup = self._setup
         write_config(self._folder, setup.config, self._begun, simulated=True)
         remove_summary(self._folder)
         torch.set_num_threads(setup.config.worker.threads)
@@ -131,6 +153,7 @@ class SimulationCommand:
                 self._population,
                 trainer,
                 nodes=table.nodes or 1,
+                chances=chances_of(table.faults),
                 model_folder=self._folder,
                 log=structlog.get_logger(),
             )
@@ -146,6 +169,7 @@ class SimulationCommand:
             f"{config.problem['name']}, {clients}, {self._trained_by}"
         )
         with SimulationView(self._console, title, self._say) as view:
+            this_process.check()  # from here on, `stop` ends it
             self._run.run_to_end(functools.partial(self._look, view))
             this_process.check()
             self._catch_up()
@@ -196,7 +220,7 @@ class SimulationCommand:
         self._output.show(lambda: closing_table(summary))
         self._say(f"in {self._folder}")
         if code == INTERRUPTED:
-            self._say("a simulation cannot be resumed; the same command starts a new one")
+            self._say("a simulation cannot be resumed: to start over, use another folder")
         return code
 
     @property
@@ -230,32 +254,26 @@ class _InterruptibleTrainer:
 
 
 def trainer_of(
-    setup: Setup, device: str, processes: int | None, cluster: str | None
+    setup: Setup, device: str, processes: int, cluster: str | None
 ) -> tuple[Callable[[], Trainer], str]:
     """Return a function that makes the trainer, and the trainer's name for people.
 
     Args:
         setup: objects of the run.
         device: torch device.
-        processes: number of training processes; 0 trains in this process. By default as many as
-            there are usable cores, but 0 for a learner that takes no time.
+        processes: number of training processes; 0 trains in this process.
         cluster: ``ray`` for a Ray cluster.
     """
-    if processes is None:
-        table = setup.config.simulation or SimulationTable()
-        processes = 0 if table.learner == "curve" else len(os.sched_getaffinity(0))
+    if cluster == "ray":
+        from fedmq.nodes.simulation.ray_trainer import RayTrainer
+
+        return functools.partial(RayTrainer, setup.config, setup.config.allowed), "trained on Ray"
     if not processes:
         return functools.partial(InlineTrainer, setup, device), "trained in this process"
     from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 
     make = functools.partial(ProcessTrainer, setup.config, setup.config.allowed, processes)
-    return make, plural(processes, "training process").replace("processs", "processes")
-
-
-def population_of(setup: Setup) -> Population:
-    """Return the clients of a simulated run."""
-    table = setup.config.simulation or SimulationTable()
-    return Population(table, setup.problem.clients, setup.config.run.seed, lambda _: 1)
+    return make, f"{processes} training process{'' if processes == 1 else 'es'}"
 
 
 def _end_at_third() -> None:

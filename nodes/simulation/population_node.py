@@ -11,8 +11,7 @@ import contextlib
 import functools
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from msgspec.structs import replace
@@ -27,8 +26,11 @@ from fedmq.broker.virtual.node import VirtualPort
 from fedmq.broker.virtual.validation import validated
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.schema import Buffer, Hello, Message
+from fedmq.nodes.population.population import Population
 from fedmq.nodes.process.logs import SILENT, Repeats
+from fedmq.nodes.run.agreement import Fingerprint
 from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.simulation.trainers import Trainer
 from fedmq.nodes.simulation.virtual_node import VirtualNode
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained, Worker
@@ -43,51 +45,6 @@ _SHARED_BLOBS = 32
 """Number of blobs whose bytes tasks share: the models of so many versions."""
 
 
-class ClientAvailability(Protocol):
-    """When clients are available; times are virtual seconds since the start."""
-
-    available: NDArray[np.bool_]
-    next_change: float
-
-    def advance(self, now: float) -> tuple[Ranges, Ranges]:
-        """Go on to a time; return the ranges of clients that came back, and that went away."""
-
-    def work_until(self, client: int, begin: float, seconds: float) -> float:
-        """Return the time at which work is done that pauses while the client is away."""
-
-
-class ClientDevices(Protocol):
-    """The devices of all clients: how long they take, whether they drop out, when they are away.
-
-    Numbers depend only on their arguments, in any order of the calls.
-    """
-
-    @property
-    def availability(self) -> ClientAvailability | None:
-        """Return when clients are available; None if all always are."""
-
-    def download_s(self, client: int, nbytes: int) -> float:
-        """Return how long a task of so many bytes takes to the client, in seconds."""
-
-    def upload_s(self, client: int, nbytes: int) -> float:
-        """Return how long a result of so many bytes takes from the client, in seconds."""
-
-    def compute_s(self, client: int, task: str) -> float:
-        """Return how long a client computes a task, in seconds."""
-
-    def drops(self, client: int, task: str) -> bool:
-        """Return whether the client drops out of a task, which loses its result."""
-
-
-class ComputesTasks(Protocol):
-    """Begins computations; see `fedmq.nodes.simulation.trainers.Trainer`."""
-
-    def start(
-        self, action: Train | Evaluate, due: float = 0.0
-    ) -> Callable[[], Trained | Evaluated]:
-        """Begin to train or evaluate; return a function that waits for the result."""
-
-
 class PopulationNode(VirtualNode):
     """A session of a population node.
 
@@ -98,6 +55,7 @@ class PopulationNode(VirtualNode):
         devices: of all clients.
         trainer: trains and evaluates.
         began: time of the network at which the virtual seconds of ``devices`` begin.
+        version_0: see `version_zero`.
         checked: whether each core validates its state after each event.
 
     Attributes:
@@ -111,16 +69,18 @@ class PopulationNode(VirtualNode):
         hello: Hello,
         setup: Setup,
         store: ClientStateStore,
-        devices: ClientDevices,
-        trainer: ComputesTasks,
+        devices: Population,
+        trainer: Trainer,
         began: float,
         log: FilteringBoundLogger = SILENT,
+        version_0: Fingerprint | None = None,
         *,
         checked: bool = False,
     ) -> None:
         super().__init__(port, machine, hello, lambda: 0.0, log)
         self.setup, self.store, self.devices, self.trainer = setup, store, devices, trainer
-        self._began, self._checked, self._repeats = began, checked, Repeats()
+        self._began, self._checked = began, checked
+        self._repeats, self._version_0 = Repeats(), version_0
         self._waiting: dict[int | None, deque[Delivery]] = {}
         """By client with a task in progress: deliveries that wait for the end of that task."""
         self._blobs = _SharedBlobs()
@@ -162,6 +122,14 @@ class PopulationNode(VirtualNode):
             return now + seconds
         return availability.work_until(client, now, seconds)
 
+    def download_s(self, client: int, task: Message) -> float:
+        """Return how long a task takes to a client, in seconds."""
+        return self.devices.download_s(client, _size(task))
+
+    def upload_s(self, client: int, answer: Message) -> float:
+        """Return how long an answer takes from a client; one without a result is empty."""
+        return self.devices.upload_s(client, _size(answer))
+
     def sleep_until(self, at: float) -> None:
         """Let the current task wait until a virtual time."""
         self.port.tasks.sleep_until(self._began + at)
@@ -182,8 +150,7 @@ class PopulationNode(VirtualNode):
     def _begin(self, client: int | None, delivery: Delivery) -> None:
         seconds = 0.0
         if client is not None:
-            nbytes = sum(blob.size for blob in delivery.message.blobs)
-            seconds = self.devices.download_s(client, nbytes)
+            seconds = self.download_s(client, delivery.message)
         at = self._began + self.done_at(client, seconds)
         shared = self._blobs.share(delivery)
         self.port.tasks.start_at(at, functools.partial(self._do, client, shared))
@@ -191,7 +158,8 @@ class PopulationNode(VirtualNode):
     def _do(self, client: int | None, delivery: Delivery) -> None:
         """Do a task, in a greenlet of its own: with a worker's core and driver."""
         hello = self.hello
-        core = Worker(self.setup, hello.run, hello.node, hello.clients, self.store)
+        about = (hello.run, hello.node, hello.clients, self.store, self._version_0)
+        core = Worker(self.setup, *about)
         if self._checked:
             validated(core)
         port = _ClientPort(self, client, delivery.message.id)
@@ -228,8 +196,7 @@ class _ClientPort:
         """Post a message once it has been uploaded."""
         node, client = self._node, self._client
         if client is not None:
-            nbytes = sum(memoryview(each).nbytes for each in data)
-            node.sleep_until(node.done_at(client, node.devices.upload_s(client, nbytes)))
+            node.sleep_until(node.done_at(client, node.upload_s(client, message)))
         node.link.post(message, data, consumes)
 
     def done(
@@ -288,6 +255,10 @@ class _SharingSource:
     def chunks(self, delivery: Delivery, index: int) -> Iterator[Buffer]:
         """Yield the bytes of a delivery's blob."""
         return self._source.chunks(delivery, index)
+
+
+def _size(message: Message) -> int:
+    return sum(blob.size for blob in message.blobs)
 
 
 def _within(ranges: Ranges, hosted: Ranges) -> Iterator[tuple[int, int]]:

@@ -18,17 +18,28 @@ from fedmq.broker.virtual.node import VirtualPort
 from fedmq.broker.wire.addresses import EVALUATOR
 from fedmq.broker.wire.schema import Hello
 from fedmq.nodes.errors import NodeError, RunFailed
+from fedmq.nodes.population.population import Population
+from fedmq.nodes.population.table import STARTS_AT
 from fedmq.nodes.process.logs import SILENT
 from fedmq.nodes.process.terminal import ranges_in_words
 from fedmq.nodes.run.setup import Setup
-from fedmq.nodes.simulation.population_node import ClientDevices, ComputesTasks, PopulationNode
+from fedmq.nodes.run.version_zero import version_zero
+from fedmq.nodes.simulation.chances import Chances
+from fedmq.nodes.simulation.population_node import PopulationNode
+from fedmq.nodes.simulation.trainers import Trainer
 from fedmq.nodes.simulation.virtual_node import VirtualAggregator, VirtualNode, VirtualWorker
-from fedmq.nodes.simulation.virtual_run import Chances, Simulation
+from fedmq.nodes.simulation.virtual_run import Simulation
 from fedmq.nodes.worker.client_state import ClientStateStore
 from fedmq.nodes.worker.core import Evaluate, Evaluated, Train, Trained
 
-_LEASE_S = 10 * 86_400.0
+_CALM_LEASE_S = 10 * 86_400.0
 """Lease of a run without faults: heartbeats of many virtual days would take most of the time."""
+_LEASE_S = 600.0
+"""Shortest lease of a run with faults, for the same reason."""
+_DELIVERIES = 1_000_000
+"""Sessions that may end during a task: no task is the cause of a crash here."""
+_FAULTS_A_DRAW = 0.05
+"""Mean number of faults between two draws: so few that two of a kind hardly ever coincide."""
 _STEPS = 64
 """Events of the network between two reports of progress."""
 _IDLE_S = 30 * 86_400.0
@@ -52,8 +63,8 @@ class PopulationRun(Simulation):
             at once, so the broker's limits for nodes that do not read never hold it back. With
             several, the crash of a node takes away only a part of the clients.
         chances: fault rates; by default there are no faults.
-        settings: of the broker; by default those of the configuration, with long leases if nothing
-            can break.
+        settings: of the broker; by default those of the configuration, with a lease of at least 10
+            minutes (10 days if nothing can break) and without a limit of deliveries.
         ledger_settings: of the broker, by default those of the configuration; nodes always read
             its files.
         model_folder: where the aggregator saves the final model; None to save none.
@@ -61,16 +72,15 @@ class PopulationRun(Simulation):
         checked: whether all processes validate their states, for tests.
     """
 
-    wall_s = 946_684_800.0 - START_S
-    """So that a run starts on 2000-01-01, UTC."""
+    wall_s = STARTS_AT - START_S
     host_name = "population"
 
     def __init__(
         self,
         setup: Setup,
         folder: Path,
-        devices: ClientDevices,
-        trainer: ComputesTasks,
+        devices: Population,
+        trainer: Trainer,
         *,
         run: str = "",
         nodes: int = 1,
@@ -86,12 +96,19 @@ class PopulationRun(Simulation):
             chances = dataclasses.replace(chances, faults=NO_FAULTS)
         if settings is None:
             settings = setup.config.broker.settings()
-            if chances.faults is NO_FAULTS and not (chances.any_faults or chances.hurts_disk):
-                settings = dataclasses.replace(settings, lease_s=_LEASE_S, beat_s=_LEASE_S / 10)
+            calm = chances.faults is NO_FAULTS and not (chances.any_faults or chances.hurts_disk)
+            lease_s = _CALM_LEASE_S if calm else max(settings.lease_s, _LEASE_S)
+            settings = dataclasses.replace(
+                settings, lease_s=lease_s, beat_s=lease_s / 10, deliveries=_DELIVERIES
+            )
+        if chances.any_faults:
+            mean_s = 1.0 / (chances.total * (nodes + 3))
+            self.draw_every_s = min(max(1.0, _FAULTS_A_DRAW * mean_s), 600.0)
         most = max(settings.limits.clients, setup.problem.clients)
         limits = dataclasses.replace(settings.limits, clients=most)
         self._devices, self._trainer = devices, trainer
         self._model_folder, self._log = model_folder, log
+        self._version_0 = version_zero(setup.problem)
         self._stopped = False
         super().__init__(
             setup,
@@ -134,9 +151,7 @@ class PopulationRun(Simulation):
         while not self._stopped and network.now < end and network.step():
             broker = self.broker
             if broker.up and broker.core.idle:
-                if self.aggregator.core.failed:
-                    raise RunFailed(self.aggregator.finished)
-                return self.aggregator.finished
+                return self._reason()
             steps += 1
             if steps % _STEPS:
                 continue
@@ -144,13 +159,24 @@ class PopulationRun(Simulation):
             if broker.up and broker.core.next_seq != accepted:
                 accepted, accepted_at = broker.core.next_seq, network.now
             elif network.now > accepted_at + _IDLE_S:
-                missing = ranges_in_words(self.aggregator.core.missing_clients())
-                days = round(_IDLE_S / 86_400)
-                raise NodeError(
-                    f"nothing has happened for {days} virtual days: expected a result or a free "
-                    f"client, {missing} did not answer; check [simulation] availability"
-                )
+                raise NodeError(self._idle())
         return ""
+
+    def _reason(self) -> str:
+        """Return why the run has ended: the session that ended it may have been killed since."""
+        ended = [each for each in self.sessions if isinstance(each, VirtualAggregator)]
+        last = [each for each in ended if each.finished][-1]
+        if last.core.failed:
+            raise RunFailed(last.finished)
+        return last.finished
+
+    def _idle(self) -> str:
+        missing = self.aggregator.core.missing_clients()
+        away = f", but {ranges_in_words(missing)} are away" if missing else ""
+        return (
+            f"nothing has happened for {_IDLE_S / 86_400:g} virtual days: expected a result "
+            f"or a free client{away}; check [simulation] availability and [schedule]"
+        )
 
     def stop(self) -> None:
         """Make `run_to_end` return soon; may be called from a signal handler."""
@@ -171,7 +197,9 @@ class PopulationRun(Simulation):
             _no_time,
             self.setup,
             self._model_folder,
-            self._log,
+            self._log.bind(node=hello.node),
+            self._version_0,
+            quiet_s=math.inf,  # the clients would be named every few virtual seconds
             checked=self._checked,
         )
 
@@ -182,7 +210,14 @@ class PopulationRun(Simulation):
         about, checked = (port, machine, hello), self._checked
         if hello.role == EVALUATOR:
             return VirtualWorker(
-                *about, _no_time, self.setup, store, self._compute, self._log, checked=checked
+                *about,
+                _no_time,
+                self.setup,
+                store,
+                self._compute,
+                self._log.bind(node=hello.node),
+                self._version_0,
+                checked=checked,
             )
         return PopulationNode(
             *about,
@@ -191,7 +226,8 @@ class PopulationRun(Simulation):
             self._devices,
             self._trainer,
             self.began,
-            self._log,
+            self._log.bind(node=hello.node),
+            self._version_0,
             checked=checked,
         )
 
@@ -203,6 +239,8 @@ class PopulationRun(Simulation):
         """
         if isinstance(node.ended, Rejected):
             raise node.ended
+        if node.ended is None and node is not self.aggregator:
+            self.sessions.remove(node)  # of many crashes, only the aggregators' sessions are needed
         super().exited(node, again)
 
     def _compute(self, action: Train | Evaluate) -> Trained | Evaluated:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -66,25 +64,20 @@ class RayTrainer(QueuedTrainer):
         """Give up all tasks; leave the cluster, or end the own one."""
         self._ray.shutdown()
 
-    def submit(self, job: Parcel) -> Future[Parcel]:
+    def submit(self, job: Parcel, who: str) -> Future[Parcel]:
         """Give a job to the cluster; see `QueuedTrainer.submit`."""
-        with self._naming_the_cluster():
-            found: Future[Parcel] = self._task.remote(self._recipe, job).future()
-            return found
+        answer: Future[Parcel] = Future()
 
-    def answer(self, future: Future[Parcel]) -> Parcel:
-        """Wait for an answer; see `QueuedTrainer.answer`."""
-        with self._naming_the_cluster():
-            return future.result()
+        def done(found: Future[Parcel]) -> None:
+            error = found.exception()
+            if error is None:
+                answer.set_result(found.result())
+            else:
+                reason = clip_text(str(error) or type(error).__name__)
+                answer.set_exception(RunFailed(f"Ray cannot compute a task of {who}: {reason}"))
 
-    @contextlib.contextmanager
-    def _naming_the_cluster(self) -> Iterator[None]:
-        try:
-            yield
-        except self._ray.exceptions.RayError as error:
-            task = (self.unfinished() or ["a client"])[0]
-            reason = clip_text(str(error) or type(error).__name__)
-            raise RunFailed(f"Ray cannot compute a task of {task}: {reason}") from error
+        self._task.remote(self._recipe, job).future().add_done_callback(done)
+        return answer
 
 
 def _connected() -> Any:

@@ -93,10 +93,9 @@ def _copy(payload: Payload) -> Payload:
 class _Entry:
     """A started task: it waits, is submitted, and its result is taken; or it is given up."""
 
-    __slots__ = ("action", "client", "future", "given_up")
+    __slots__ = ("action", "future", "given_up")
 
     def __init__(self, action: Action) -> None:
-        self.client = action.client
         self.action: Action | None = action
         """Of a task that waits."""
         self.future: Future[Parcel] | None = None
@@ -141,29 +140,16 @@ class QueuedTrainer(ABC):
         """Give up all tasks and end the processes."""
 
     @abstractmethod
-    def submit(self, job: Parcel) -> Future[Parcel]:
-        """Give a job to the processes; they compute its answer with `run_job`.
+    def submit(self, job: Parcel, who: str) -> Future[Parcel]:
+        """Give a job to the processes, which compute its answer with `run_job`.
 
-        Raises:
-            RunFailed: a process died.
+        Args:
+            job: from `encode_job`.
+            who: for whom the task is, for an error.
+
+        Returns:
+            The answer to come. If a process dies, its exception is a `RunFailed`.
         """
-
-    @abstractmethod
-    def answer(self, future: Future[Parcel]) -> Parcel:
-        """Wait for the answer to a job and return it.
-
-        Raises:
-            RunFailed: a process died.
-        """
-
-    def unfinished(self) -> list[str]:
-        """Return whom the submitted tasks without an answer are for, oldest first."""
-        return [
-            "the evaluator" if each.client is None else f"client {each.client}"
-            for each in self._submitted
-            if each.future is not None
-            and not (each.future.done() and each.future.exception() is None)
-        ]
 
     def _wait(self, entry: _Entry) -> Event:
         if entry.action is not None:
@@ -171,7 +157,7 @@ class QueuedTrainer(ABC):
         self._submit_more()
         if entry.future is None:
             raise RuntimeError("the result of this task was taken before")
-        answer = self.answer(entry.future)
+        answer = entry.future.result()
         entry.future = None
         self._submitted.remove(entry)
         self._submit_more()
@@ -187,5 +173,6 @@ class QueuedTrainer(ABC):
                 self._submit(entry, entry.action)
 
     def _submit(self, entry: _Entry, action: Action) -> None:
-        entry.future, entry.action = self.submit(encode_job(action)), None
+        who = "the evaluator" if action.client is None else f"client {action.client}"
+        entry.future, entry.action = self.submit(encode_job(action), who), None
         self._submitted.append(entry)

@@ -6,7 +6,6 @@ A parcel is a header in msgpack, and the buffers of its tensors.
 from __future__ import annotations
 
 import functools
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +23,8 @@ from fedmq.broker.wire.schema import Buffer
 from fedmq.codecs.errors import CodecError
 from fedmq.nodes.errors import NodeError, RunFailed, own_code
 from fedmq.nodes.messages.payload_parts import PayloadPart, append_payload, take_payload
-from fedmq.nodes.process.exception_text import clip_text, described
+from fedmq.nodes.process.exception_text import RemoteTraceback, clip_text, described
+from fedmq.nodes.process.logs import traceback_text
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run.devices import choose_device
 from fedmq.nodes.run.setup import Setup, set_up
@@ -32,8 +32,6 @@ from fedmq.nodes.worker.core import Evaluate, Evaluated, Failed, Train, Trained
 from fedmq.nodes.worker.training import RemoteError, RemoteReturnedError, compute
 
 Parcel = tuple[bytes, ...]
-
-_MAX_TRACEBACK = 20_000
 
 
 @dataclass(frozen=True)
@@ -139,7 +137,7 @@ def read_answer(parcel: Parcel) -> Trained | Evaluated:
     """Return the result in an answer.
 
     Raises:
-        RemoteError: a user's code raised an error; its traceback is a note.
+        RemoteError: a user's code raised an error; its cause has the traceback.
         RemoteReturnedError: a method of the problem or the algorithm returned an invalid value.
         RunFailed: the process cannot compute any task.
     """
@@ -156,8 +154,7 @@ def read_answer(parcel: Parcel) -> Trained | Evaluated:
         case _Error() as failed:
             kind = RemoteReturnedError if failed.returned else RemoteError
             error = kind(failed.text, failed.name, failed.reason, failed.code, failed.where)
-            error.add_note(failed.traceback)
-            raise error
+            raise error from RemoteTraceback(failed.traceback)
 
 
 def _trained(event: Trained, setup: Setup) -> Parcel:
@@ -175,7 +172,6 @@ def _trained(event: Trained, setup: Setup) -> Parcel:
 
 def _failed(error: BaseException, failed: Failed) -> Parcel:
     returned = isinstance(error, ReturnedError)
-    text = "".join(traceback.format_exception(error))[-_MAX_TRACEBACK:]
     return _parcel(
         _Error(
             returned=returned,
@@ -184,7 +180,7 @@ def _failed(error: BaseException, failed: Failed) -> Parcel:
             reason=failed.reason,
             code=failed.code,
             where=_printable(failed.where),
-            traceback=_printable(f"In the process that trained:\n{text}"),
+            traceback=_printable(traceback_text(error)),
         ),
         (),
     )

@@ -29,7 +29,7 @@ class SimulationView(LiveView):
         clock: real time in seconds, for the rate of results.
     """
 
-    evaluation_every_s = 1.0
+    evaluation_every_s = 5.0
 
     def __init__(
         self,
@@ -76,8 +76,7 @@ class SimulationView(LiveView):
 
     def _rate(self, history: RunHistory) -> str:
         """Return the results for each second of real time, lately."""
-        now, outcomes, counts = self._clock(), history.outcomes, self._counts
-        total = outcomes.used + outcomes.stale + outcomes.refused
+        now, counts, total = self._clock(), self._counts, history.outcomes.results
         while len(counts) > 1 and counts[1][0] <= now - _RATE_OVER_S:
             counts.popleft()
         since, before = counts[0]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +18,13 @@ from fedmq.broker.link.node_link import NodeLink
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.node import VirtualPort
 from fedmq.broker.virtual.validation import validated
-from fedmq.broker.wire.schema import Hello, Message
+from fedmq.broker.wire.addresses import AGGREGATOR, AVAILABILITY
+from fedmq.broker.wire.schema import Hello, Message, Range
 from fedmq.nodes.aggregator.computed import Computed
 from fedmq.nodes.aggregator.core import Aggregator
-from fedmq.nodes.aggregator.program import LinkedAggregator, fold_until_over
+from fedmq.nodes.aggregator.program import QUIET_S, LinkedAggregator, fold_until_over
 from fedmq.nodes.process.logs import SILENT
+from fedmq.nodes.run.agreement import Fingerprint
 from fedmq.nodes.run.devices import kind_of
 from fedmq.nodes.run.session import admitted
 from fedmq.nodes.run.setup import Setup
@@ -84,6 +88,8 @@ class VirtualAggregator(VirtualNode):
     Args:
         setup: objects of the run.
         folder: where it saves the final model; None to save none.
+        version_0: see `version_zero`.
+        quiet_s: see `LinkedAggregator`.
         checked: whether its core validates its state after each event.
 
     Attributes:
@@ -100,12 +106,16 @@ class VirtualAggregator(VirtualNode):
         setup: Setup,
         folder: Path | None = None,
         log: FilteringBoundLogger = SILENT,
+        version_0: Fingerprint | None = None,
         *,
+        quiet_s: float = QUIET_S,
         checked: bool = True,
     ) -> None:
         super().__init__(port, machine, hello, draw_s, log)
-        self._setup, self._folder = setup, folder
-        core = Aggregator(setup, hello.run, hello.node, Computed(device=kind_of("cpu")))
+        self._setup, self._folder, self._version_0 = setup, folder, version_0
+        self._quiet_s = quiet_s
+        computed = Computed(device=kind_of("cpu"), version_0=version_0)
+        core = Aggregator(setup, hello.run, hello.node, computed)
         self.core = validated(core) if checked else core
         self.finished = ""
 
@@ -117,9 +127,10 @@ class VirtualAggregator(VirtualNode):
                 self.finished = reason
             link.over(reason)
 
-        port = LinkedAggregator(link, self._setup.problem, self._folder, self.log, self._beside)
+        about = (link, self._setup.problem, self._folder, self.log, self._beside)
+        port = LinkedAggregator(*about, self._quiet_s)
         port.over = over
-        fold_until_over(self.core, port, None)
+        fold_until_over(self.core, port, self._version_0)
 
     def _beside(self, work: Callable[[], None]) -> None:
         self._machine.after(self._draw_s(), work)
@@ -132,6 +143,7 @@ class VirtualWorker(VirtualNode):
         setup: objects of the run.
         store: the clients' states, which survive the process.
         compute: trains and evaluates; by default in this process.
+        version_0: see `version_zero`.
         checked: whether its core validates its state after each event.
 
     Attributes:
@@ -149,20 +161,39 @@ class VirtualWorker(VirtualNode):
         store: ClientStateStore,
         compute: Compute | None = None,
         log: FilteringBoundLogger = SILENT,
+        version_0: Fingerprint | None = None,
         *,
         checked: bool = True,
     ) -> None:
         super().__init__(port, machine, hello, draw_s, log)
         self._setup, self.store = setup, store
         self._compute = compute or functools.partial(training.compute, setup=setup, device="cpu")
-        core = Worker(setup, hello.run, hello.node, hello.clients, store)
+        core = Worker(setup, hello.run, hello.node, hello.clients, store, version_0)
         self.core = validated(core) if checked else core
+        self._reports = itertools.count(1)
 
     def work(self, link: NodeLink) -> None:
         """Run the program of `run_worker`; each task takes a drawn time."""
         port = LinkedWorker(link, self.store, self._compute, self.log)
         port.now, port.away = self._machine.monotonic, self._training
         work_until_over(WorkerDriver(self.core, self._setup, port).handle, link, self.log)
+
+    def report(self, back: Sequence[Range] = (), away: Sequence[Range] = ()) -> None:
+        """Post that some of its clients, in ranges, are available again or not any more."""
+        if not self.hello.clients:
+            return  # the evaluator
+        body = {"back": [*map(list, back)], "away": [*map(list, away)]}
+        name = f"{self.hello.session}/availability/{next(self._reports)}"
+        run, sender = self.hello.run, self.hello.node
+        self.hand_in(
+            Message(kind=AVAILABILITY, id=name, run=run, sender=sender, to=AGGREGATOR, body=body)
+        )
+
+    def report_one(self, rng: random.Random) -> None:
+        """Report a drawn client, as available again or not any more."""
+        for low, high in rng.sample(self.hello.clients, min(1, len(self.hello.clients))):
+            client = rng.randint(low, high)
+            self.report(**{rng.choice(["back", "away"]): [(client, client)]})
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -19,7 +18,7 @@ from msgspec.structs import replace
 from fedmq.broker.access.rights import KEYLESS, AccessStore, Origin
 from fedmq.broker.settings import BrokerSettings, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
-from fedmq.broker.virtual.disk import DiskFault, VirtualDisk
+from fedmq.broker.virtual.disk import VirtualDisk
 from fedmq.broker.virtual.machine import Machine
 from fedmq.broker.virtual.network import Faults, VirtualNetwork
 from fedmq.broker.virtual.node import VirtualPort
@@ -28,72 +27,13 @@ from fedmq.broker.wire.addresses import AGGREGATOR, BROKER, EVALUATOR, RECORD, W
 from fedmq.broker.wire.schema import Hello, Message, Post
 from fedmq.nodes.run.session import session_id
 from fedmq.nodes.run.setup import Setup
+from fedmq.nodes.simulation.chances import Chances
 from fedmq.nodes.simulation.virtual_node import VirtualAggregator, VirtualNode, VirtualWorker, apart
 from fedmq.nodes.worker.client_state import ClientStateStore
 
 RUN = "simulated"
 Ranges = tuple[tuple[int, int], ...]
 _CHAT_TO = (RECORD, EVALUATOR, AGGREGATOR)
-_EVERY_S = 0.1
-"""Virtual time between two draws of faults."""
-
-
-@dataclass
-class Chances:
-    """Fault rates of a simulated run, per second of virtual time, and durations in seconds.
-
-    faults: faults of single frames.
-    crash: rate of crashes of each process.
-    doom: rate of crashes at the worst moment: of the broker in the middle of a commit, or while it
-        sends the frames of a turn; of a node right after a post, or after any frame.
-    power: rate of power failures of the broker's machine; if positive, its durability is `power`,
-        and half of its crashes at the worst moment are power failures.
-    disk: rates of faults of the broker's disk, for each operation.
-    full: rate at which the broker's disk gets full.
-    pause: rate at which each process is suspended; then it continues, or is killed.
-    cut, partition: rates of broken and partitioned connections, for each connection.
-    away_s, pause_s, full_s, partition_s: longest absence of a crashed process, pause, time
-        without space on the disk, and partition.
-    jump, jump_s: rate at which each wall clock is set, and by how much at most, either way.
-    drift: largest relative error of the rate of a machine's clocks.
-    train_s: mean duration of a task or a commit.
-    batch_s: longest time that the broker's frames wait for others, to be handled in one turn.
-    chat: rate of bursts of small messages from each worker and the evaluator that nobody asked for,
-        which the broker rejects.
-    share_files: whether nodes read blobs from the ledger's files, as on one host.
-    """
-
-    faults: Faults = field(default_factory=Faults)
-    crash: float = 0.0
-    doom: float = 0.0
-    power: float = 0.0
-    disk: Mapping[DiskFault, float] = field(default_factory=dict)
-    full: float = 0.0
-    pause: float = 0.0
-    cut: float = 0.0
-    partition: float = 0.0
-    away_s: float = 5.0
-    pause_s: float = 5.0
-    full_s: float = 5.0
-    partition_s: float = 8.0
-    jump: float = 0.0
-    jump_s: float = 3600.0
-    drift: float = 0.0
-    train_s: float = 0.5
-    batch_s: float = 0.0
-    chat: float = 0.0
-    share_files: bool = False
-
-    @property
-    def hurts_disk(self) -> bool:
-        """Return whether a fault needs a virtual disk."""
-        return bool(self.disk) or max(self.power, self.full, self.doom) > 0
-
-    @property
-    def any_faults(self) -> bool:
-        """Return whether faults are drawn all the time, other than those of frames and the disk."""
-        rates = self.crash, self.doom, self.power, self.full, self.pause, self.cut
-        return max(*rates, self.partition, self.jump, self.chat) > 0
 
 
 def split(clients: int, nodes: int) -> list[Ranges]:
@@ -133,6 +73,8 @@ class Simulation:
     wall_s = 1e6
     """How far wall clocks are ahead of the network's time: a jump back does not take them below
     0."""
+    draw_every_s = 0.1
+    """Virtual time between two draws of faults."""
     host_name = "worker"
     """Names of nodes that host clients, up to their number."""
 
@@ -295,11 +237,11 @@ class Simulation:
             if self._happens(self.chances.jump):
                 most = self.chances.jump_s
                 machine.jump(self.rng.uniform(-most, most))
-        self.network.after(_EVERY_S, self._inject_faults)
+        self.network.after(self.draw_every_s, self._inject_faults)
 
     def _disturb_broker(self) -> None:
         chances, happens, broker = self.chances, self._happens, self.broker
-        if happens(chances.crash) and broker.up:
+        if happens(chances.crash + chances.broker_crash) and broker.up:
             self._count("broker killed")
             broker.crash()
         if happens(chances.power):
@@ -330,7 +272,8 @@ class Simulation:
 
     def _disturb(self, node: VirtualNode) -> None:
         chances, happens, port = self.chances, self._happens, node.port
-        if happens(chances.crash):
+        extra = chances.worker_crash if node.hello.role == WORKER else 0.0
+        if happens(chances.crash + extra):
             self._count(f"{node.hello.role} killed")
             port.kill()
         elif happens(chances.doom):
@@ -353,9 +296,11 @@ class Simulation:
                 name, sender = f"{node.hello.session}/{self._chats}", node.hello.node
                 to = self.rng.choice(_CHAT_TO)
                 node.hand_in(Message(kind="chat", id=name, run=self.run_id, sender=sender, to=to))
+        elif isinstance(node, VirtualWorker) and happens(chances.availability):
+            node.report_one(self.rng)
 
     def _happens(self, rate: float) -> bool:
-        return rate > 0 and self.rng.random() < rate * _EVERY_S
+        return rate > 0 and self.rng.random() < rate * self.draw_every_s
 
     def _end_pause(self, process: VirtualBroker | VirtualPort, kill: Callable[[], object]) -> None:
         """Let a suspended process continue, or kill it."""
@@ -382,6 +327,8 @@ class Simulation:
             self._make_space()
         for node in self.nodes:
             node.port.doomed = lambda _: False
+            if self.chances.availability and isinstance(node, VirtualWorker):
+                node.report(back=node.hello.clients)
         self._keep_broker_up()
 
     def _keep_broker_up(self) -> None:

@@ -34,7 +34,7 @@ KINDS = frozenset(
     {"opened", "consumed", "refusal", "ended"}
     | {"joined", "left", "tick", "refused", CONTINUED}
     | {"run", "task", "evaluate", "version", "finished", "timer"}
-    | {"result", "failed", "score"}
+    | {"result", "failed", "score", "availability"}
 )
 """Kinds of entries and of the messages of broker, aggregator and workers."""
 
@@ -317,6 +317,11 @@ def _joined(body: Mapping[str, Any]) -> str:
     return f"{body['node']}{role}" + (f" of clients {clients}" if clients else "")
 
 
+def _availability(body: Mapping[str, Any]) -> str:
+    counts = {name: sum(high - low + 1 for low, high in body[name]) for name in ("back", "away")}
+    return ", ".join(f"{number:,} clients {name}" for name, number in counts.items() if number)
+
+
 def _version_note(body: Mapping[str, Any]) -> str:
     mean, most = float(body["mean_staleness"]), int(body["max_staleness"])
     stale = f"staleness mean {mean:.2f}, max {most}" if body["results"] else "no staleness"
@@ -343,6 +348,7 @@ def _numbers(values: Mapping[str, Any]) -> str:
 
 _NOTES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": _joined,
+    "availability": _availability,
     "continued": lambda body: "run extended" if body["further"] else "run resumed",
     "left": lambda body: f"{body['node']}: {body['reason']}",
     "version": _version_note,

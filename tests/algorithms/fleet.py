@@ -66,12 +66,12 @@ class Fleet:
         pace: seconds from one message in its inbox to the next.
     """
 
-    def __init__(self, setup, *, join=True, computed=None):
+    def __init__(self, setup, *, join=True, computed=None, workers=True):
         self.setup = setup
         self.pace = 1.0
         self.core = Aggregator(setup, "run", "aggregator", computed)
         self.driver = AggregatorDriver(self.core, self)
-        names = {f"w{k}": k for k in range(setup.problem.clients)}
+        names = {f"w{k}": k for k in range(setup.problem.clients if workers else 0)}
         self.locals = {name: ClientStateStore() for name in names}
         self.workers = {
             name: Worker(setup, "run", name, [(k, k)], self.locals[name])

@@ -93,6 +93,7 @@ def test_a_key_is_refused_authorised_and_revoked_while_it_is_connected(tmp_path,
         assert line["found"] == "key-refused"
         line = logged(logs, "refused a key without rights here")
         assert (line["key"], line["address"]) == (WORK.public, "127.0.0.1")
+        assert "other_keys" not in line
         access.authorize(Rights(name="w1", key=WORK.public, roles=("worker",)))
         worker.welcome()
         agg.post(message("agg", "client/3"))

@@ -142,6 +142,10 @@ def draw_plan(seed):
         chat=some(1.0, share=0.15),
         share_files=rng.random() < 0.5,
     )
+    # Dice of their own: other histories stay as they are.
+    coming = random.Random(f"availability {seed}")  # noqa: S311 - a test's own dice
+    if coming.random() < 0.25:
+        chances.availability = coming.random()
     lease_s = rng.choice([2.0, 3.0, 6.0])
     inline_bytes, chunk_bytes = rng.choice([(schema.INLINE_BYTES, schema.CHUNK_BYTES), (100, 64)])
     payload_bytes = rng.choice([1 << 10, 1 << 10, 4 << 10, 128 << 20])

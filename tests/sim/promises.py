@@ -24,6 +24,7 @@ from fedmq.broker.rejections import Code
 from fedmq.broker.virtual.disk import DiskFault, VirtualDisk
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
+    AVAILABILITY,
     BROKER,
     CHECKPOINT,
     EVALUATOR,
@@ -39,7 +40,7 @@ from fedmq.nodes.simulation.virtual_run import RUN
 from tests.sim.strangers import MALLORY
 
 UNDELIVERED = (RECORD, CHECKPOINT, TIMER)
-ANSWERS = {WORKER: ("result", "failed", "score"), EVALUATOR: ("failed", "score")}
+ANSWERS = {WORKER: ("result", "failed", "score", AVAILABILITY), EVALUATOR: ("failed", "score")}
 """Kinds of messages of each role but the aggregator's."""
 
 # ---- durability
@@ -205,7 +206,7 @@ def check_rights(history):
         assert message.sender != MALLORY, what
         assert message.kind in ANSWERS[role], what
         assert message.to == AGGREGATOR, what
-        assert message.re in asked, f"{what}: nobody asked for it"
+        assert message.re in asked or message.kind == AVAILABILITY, f"{what}: nobody asked for it"
     mallory = history.mallory
     assert mallory is None or not mallory.gained, f"a stranger received {mallory.gained[:3]}"
 

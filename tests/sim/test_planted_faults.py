@@ -34,7 +34,6 @@ from fedmq.broker.recovery import Restorer
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.disk import DiskFault
 from fedmq.broker.virtual.network import Faults
-from fedmq.broker.wire.addresses import addresses
 from fedmq.broker.wire.chunked_transfer import Fetcher
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.schema import Enrolled
@@ -223,7 +222,7 @@ def verifies_no_digest():
 
 def keeps_addresses_of_those_who_left():
     def host(_, node, *__):
-        node.run.hosts |= dict.fromkeys(addresses(node.hello), node.name)
+        node.run.hosts.add(node.hello)
 
     return patch(Sessions, "leave", after(Sessions.leave, host))
 

@@ -14,13 +14,15 @@ from fedmq.algorithms.problems import ImageClassification
 from fedmq.algorithms.problems.quadratic import DIM, LocalSteps, QuadraticProblem
 from fedmq.algorithms.tasks import Result
 
-REAL = ImageClassification("mnist-mini", "mlp", 1000, "bootstrap(100)", 0)
+REAL = ImageClassification("mnist-mini", "mlp", 1000, "iid", 0)
 HOW = LocalSteps(30, 10, 0.05, 0.5, 0.0, 0.0)
-H = 1 / np.arange(1, DIM + 1)
+H = 0.8 / np.arange(1, DIM + 1)
 
 
 def stand_in(heterogeneity: float = 0.5, noise: float = 0.0, seed: int = 0) -> QuadraticProblem:
-    return QuadraticProblem(dataclasses.replace(REAL, seed=seed), heterogeneity, noise)
+    return QuadraticProblem(
+        dataclasses.replace(REAL, seed=seed), lambda _: 100, heterogeneity, noise, 0.8
+    )
 
 
 def trained(algorithm, problem, client=0, seed=0, start=None):
@@ -109,7 +111,7 @@ def test_a_result_depends_on_seed_client_and_task_alone() -> None:
         )
 
 
-def test_a_task_of_fedavg_is_the_closed_form_and_counts_the_real_examples() -> None:
+def test_a_task_of_fedavg_is_the_closed_form_and_counts_the_examples() -> None:
     problem = stand_in(noise=1.0)
     found = trained(FedAvg(lr=0.1, epochs=3, batch_size=30), problem, client=2, seed=9)
     assert found.num_examples == 100

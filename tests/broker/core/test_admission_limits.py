@@ -115,6 +115,16 @@ def test_sessions_of_one_address_or_key(new_bench):
     assert bench.core._sessions.quotas.sessions == {KEY.key: 2}
 
 
+def test_a_host_with_ipv6_cannot_take_more_places_by_changing_its_address(new_bench):
+    bench = new_bench(limits=Limits(sessions=2))
+    bench.joined("agg", "aggregator")
+    for number in range(3):
+        peer = bench.join(f"w{number}", origin=Origin("", f"2001:db8::{number:x}:1"))
+        assert over(bench, peer, "sessions") if number == 2 else rejected(bench, peer) is None
+    other = Origin("", "2001:db8:0:1::1")
+    assert rejected(bench, bench.join("other", origin=other)) is None
+
+
 def test_connections_that_wait_for_a_run(new_bench):
     bench = new_bench(limits=Limits(waiting=2))
     for name in ("w1", "w2", "w1"):
@@ -255,6 +265,9 @@ def test_sources_are_bounded_in_memory():
         (Origin("", "10.0.0.7"), "10.0.0.7"),
         (Origin("", "fe80::1%eth0"), "fe80::1%eth0"),
         (Origin("", "::ffff:10.0.0.7"), "::ffff:10.0.0.7"),
+        (Origin("", "2001:db8:1:2::7"), "2001:db8:1:2::/64"),
+        (Origin("", "2001:db8:1:2:ffff::1"), "2001:db8:1:2::/64"),
+        (Origin("", "2001:db8:1:3::7"), "2001:db8:1:3::/64"),
         (Origin("", "unknown"), "unknown"),
         (KEY, KEY.key),
     ],

@@ -2,6 +2,8 @@
 
 import pytest
 
+from fedmq.broker.core.events import DiskFull
+from fedmq.broker.link.unacknowledged import UnacknowledgedFrames
 from fedmq.broker.settings import BrokerSettings, Limits
 from fedmq.broker.wire.encoding import encode_message
 from fedmq.broker.wire.schema import (
@@ -10,13 +12,15 @@ from fedmq.broker.wire.schema import (
     Chunk,
     ChunkRequest,
     Goodbye,
+    Heartbeat,
     Message,
     Post,
     UnknownSession,
     digest,
 )
 from fedmq.broker.wire.window import RESERVED_BYTES
-from tests.broker.net import network, notes
+from tests.broker import net as net_module
+from tests.broker.net import model, network, notes
 
 AGG, W1, W2 = b"agg:s1", b"w1:s1", b"w2:s1"
 DATA = bytes(range(256)) * 2000
@@ -126,3 +130,60 @@ def test_a_link_sends_no_more_than_a_window(tmp_path):
     assert net.members["w1"].core.unacknowledged < 128
     assert notes(net, "agg") == list(range(1500))
     assert net.counts["w1", "Post"] == 1500  # none was lost, and none sent again
+
+
+def test_a_heartbeat_asks_for_an_acknowledgment_of_its_own_node(room):
+    post(room, W1, 0)
+    post(room, W2, 0)
+    room.say(W1, Heartbeat())
+    assert not room.take(W1, Ack)
+    room.say(W1, Heartbeat(ack=True))
+    assert room.take(W1, Ack) == [Ack(upto=0)]
+    assert not room.take(W2, Ack)
+    room.wake(room.now + 1.0)
+    assert (room.take(W1, Ack), room.take(W2, Ack)) == ([], [Ack(upto=0)])
+
+
+def test_a_heartbeat_is_acknowledged_only_after_what_a_full_disk_does_not_hold_yet(room):
+    room.handle(DiskFull("no space"))
+    room.core._acks.add(room.core._mailboxes.runs["r"].nodes["w1"], room.now)
+    room.say(W1, Heartbeat(ack=True))
+    assert not room.take(W1, Ack)
+
+
+@pytest.mark.parametrize(
+    ("posts", "size", "blob_each", "most"),
+    [(300, 20_000, 10, 900), (300, 1_000, 3, 1_000), (1_000, 1_000, 100, 3_000)],
+)
+def test_when_others_use_all_memory_few_frames_are_sent_again(
+    tmp_path, monkeypatch, posts, size, blob_each, most
+):
+    """Each drop once made a link send its whole window again: 4,950 posts instead of 300."""
+    settings = BrokerSettings(beat_s=1.0, limits=Limits(held_bytes_total=1))
+    monkeypatch.setattr(net_module, "SETTINGS", settings)
+    net = network(tmp_path)
+    for number in range(posts):
+        blobs = [model(1_500_000, number)] if number % blob_each == 0 else []
+        net.post("w1", "aggregator", number, *blobs, text="x" * size)
+    net.until(lambda: len(notes(net, "agg")) >= posts)
+    assert notes(net, "agg") == list(range(posts))
+    assert posts < net.counts["w1", "Post"] < most
+
+
+def test_a_window_that_was_shrunk_grows_with_acknowledgments():
+    frames = UnacknowledgedFrames()
+    for _ in range(6_000):
+        frames.add(Post(message=bytes(20_000)), blobs=())
+    frames.shrink_window()
+    sent = [len(list(frames.ready()))]
+    assert sent[0] * 20_000 < RESERVED_BYTES + 20_000
+    assert (frames.wants_ack(), frames.wants_ack()) == (True, False)
+    upto = -1
+    while len(frames):
+        upto += sent[-1]
+        frames.acknowledged(upto)
+        frames.validate_state()
+        sent.append(len(list(frames.ready())))
+    assert max(sent) > 300
+    assert not frames.wants_ack()
+    assert [sent[n] / sent[0] for n in (8, 16)] == pytest.approx([2.0, 4.0], rel=0.5)

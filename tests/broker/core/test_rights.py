@@ -18,7 +18,7 @@ TRACES = sorted((ROOT / "tests" / "golden" / "traces").rglob("ledger"))
 PLACES = ("client/0", "client/9", "evaluator", "aggregator", "record", "checkpoint", "timer")
 PEERS = {"aggregator": b"agg:s1", "evaluator": b"ev:s1", "worker": b"w1:s1", "observer": b"eye:s1"}
 ANSWERS = {"worker": ("result", "failed", "score"), "evaluator": ("failed", "score")}
-BODY = {"token": "t", "after_s": 1.0}
+BODY = {"token": "t", "after_s": 1.0, "back": [[0, 1]], "away": [[4, 4]]}
 ALLOWED = {
     ("aggregator", "task", "client/0"),
     ("aggregator", "task", "client/9"),
@@ -32,10 +32,14 @@ ALLOWED = {
     ("aggregator", "finished", "record"),
     ("aggregator", "finished", "checkpoint"),
     ("aggregator", "timer", "timer"),
+    ("worker", "availability", "aggregator"),
     *{("aggregator", "own", place) for place in PLACES},
 }
 """What may be posted unasked; ``own`` is a kind that the table does not name."""
-KNOWN = ("task", "evaluate", "run", "version", "finished", "timer", "result", "failed", "score")
+KNOWN = (
+    *("task", "evaluate", "run", "version", "finished", "timer"),
+    *("result", "failed", "score", "availability"),
+)
 
 
 @pytest.fixture

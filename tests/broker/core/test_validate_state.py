@@ -99,11 +99,11 @@ def waiting_out_of_order(room):
 
 
 def hosted_by_one_that_left(room):
-    run(room).hosts["client/8"] = "w9"
+    run(room).hosts._clients.assign(8, 8, "w9")
 
 
 def an_address_too_few(room):
-    del run(room).hosts["client/3"]
+    run(room).hosts._clients.clear(3, 3)
 
 
 def interrupted_without_a_message(room):

@@ -259,7 +259,7 @@ def test_a_paused_broker_handles_what_has_arrived_when_it_continues(start, wire,
 
 def test_the_state_is_checked_after_each_turn(start, wire):
     broker = start()
-    broker.core._mailboxes.runs["r"].hosts["client/1"] = "w1"
+    broker.core._mailboxes.runs["r"].hosts._clients.assign(1, 1, "w1")
     post(broker, 0)
     with pytest.raises(AssertionError, match=r"addresses of \{'w1'\} are hosted"):
         wire.run(1.0)

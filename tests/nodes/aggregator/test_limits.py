@@ -26,7 +26,7 @@ BUFFERED = {"name": "buffered", "size": 2, "concurrency": 2}
 ASKS = ("task", "evaluate")
 LIMITS = {
     "max_bytes": (4000, "run.max_bytes is 4,000"),
-    "max_wall_s": (40.0, "40 s have passed (run.max_wall_s)"),
+    "max_wall_s": (40.0, "s have passed, run.max_wall_s is 40"),
     "patience": (2, "2 evaluations in a row had no better accuracy than"),
 }
 
@@ -90,7 +90,7 @@ def test_time_ends_a_run_even_if_nothing_arrives(joined):
     fleet.pace = 61.5 / (fleet.seq + 1)
     token = fleet.ticks.pop()
     fleet.say("tick", {"token": token})
-    assert fleet.finished == "60 s have passed (run.max_wall_s)"
+    assert fleet.finished == "60.5 s have passed, run.max_wall_s is 60"
     assert not fleet.core.failed
 
 

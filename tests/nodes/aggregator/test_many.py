@@ -1,16 +1,19 @@
 """Very many clients: what an aggregator knows of them is kept up to date, not counted each time."""
 
 import random
+import sys
 
+import msgspec
 import pytest
 
 from fedmq.algorithms.rng import derive_rng
 from fedmq.broker.wire.schema import Message
+from fedmq.nodes.aggregator.core import Aggregator
 from fedmq.nodes.aggregator.fleet import Fleet as Members
 from fedmq.nodes.aggregator.progress import Progress
 from fedmq.nodes.aggregator.tasks import Tasks
 from fedmq.nodes.aggregator.version import VersionBuffer
-from tests.algorithms.fleet import Fleet, make_setup
+from tests.algorithms.fleet import Fleet, changed, make_setup
 
 CLIENTS = 30
 SETUP = make_setup({"name": "rounds", "fraction": 1.0}, clients=CLIENTS)
@@ -116,3 +119,66 @@ def test_a_result_costs_the_same_whatever_the_cohort(monkeypatch, backwards):
         fleet.hear(*fleet.work(*fleet.tasks.pop(-1 if backwards else 0)))
     assert fleet.counts == (2 * CLIENTS, 0, 0, 0)
     assert len(asked) <= 2 * 2 * CLIENTS
+
+
+def fleet_of(clients, schedule, **run):
+    """Return a run in which one node hosts all clients, and a function that answers a task."""
+    one = Fleet(make_setup(schedule, clients=2))
+    result, data = one.work(*one.tasks.pop(0))
+    setup = make_setup(schedule, clients=clients, versions=1000, **run)
+    fleet = Fleet(setup, join=False, workers=False)
+    ends = [[0, clients - 1]]
+    fleet.say("joined", {"node": "w0", "role": "worker", "clients": ends})
+
+    def answer():
+        task, _ = fleet.tasks.pop(0)
+        about = {"re": task.id, "id": f"w0/{task.id}", "sender": "w0"}
+        return changed(result, body={"client": task.body["client"]}, **about), data
+
+    return fleet, answer
+
+
+def calls_of(clients, schedule):
+    """Return the function calls of 300 results with so many clients, and the checkpoint's size."""
+    fleet, answer = fleet_of(clients, schedule, checkpoint_s=1e9)
+    fleet.say("availability", {"back": [], "away": [[5, 9], [400, 420]]}, "w0")
+    counted = 0
+
+    def count(frame, event, arg):
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    for _ in range(300):
+        message, data = answer()
+        sys.setprofile(count)
+        try:
+            fleet.hear(message, data)
+        finally:
+            sys.setprofile(None)
+    assert not [*fleet.core._faults()]
+    return counted, len(msgspec.msgpack.encode(fleet.core._fold()))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"name": "buffered", "size": 10, "concurrency": 200},
+        {"name": "rounds", "fraction": 0.0, "min_results": 200},
+    ],
+)
+def test_a_result_costs_the_same_whatever_the_number_of_clients(monkeypatch, schedule):
+    monkeypatch.setattr(Aggregator, "validate_state", lambda _: None)  # it looks at all clients
+    (few, small), (many, large) = (calls_of(clients, schedule) for clients in (1_000, 100_000))
+    assert abs(many - few) < 0.02 * few
+    assert large - small < 100_000 // 8 + 500  # a bit for each client while some are away
+
+
+def test_a_large_checkpoint_is_written_less_often():
+    """One with 100 tasks in flight comes with every tenth message, at most."""
+    schedule = {"name": "buffered", "size": 1, "concurrency": 100}
+    fleet, answer = fleet_of(120, schedule, checkpoint_s=0.0)
+    for _ in range(60):
+        fleet.hear(*answer())
+    places = [each.to for each in fleet.records if each.kind == "version"]
+    assert len(places) == 60
+    assert places.count("checkpoint") == 6

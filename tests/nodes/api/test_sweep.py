@@ -90,6 +90,24 @@ def test_an_unfinished_simulation_starts_over(commands: Commands) -> None:
     assert there == [False]
 
 
+@pytest.mark.parametrize("how", ["run", "simulate"])
+def test_a_run_that_ended_before_it_began_is_made_again(commands: Commands, how) -> None:
+    folder = Path("s", "seed=0", "ledger")
+    folder.mkdir(parents=True)
+    (folder / f"messages-{0:020}.log").touch()
+    commands.codes = {"seed=0": 1}
+    swept = fedmq.sweep({}, {"run.seed": [0]}, how=how, folder="s")
+    assert [each.status for each in swept] == ["failed"]
+    assert commands.made == ["seed=0"]
+
+
+def test_a_date_in_the_configuration_is_the_same_date_again(commands: Commands) -> None:
+    Path("run.toml").write_text("[problem]\nname = 'my_problem:Points'\nday = 2026-01-02\n")
+    for _ in range(2):
+        fedmq.sweep("run.toml", {"run.seed": [0]}, folder="s")
+    assert commands.made == ["seed=0"]
+
+
 def test_an_interrupt_ends_what_runs_and_starts_no_more(commands: Commands) -> None:
     sweeper = Sweeper({}, {"run.seed": [0, 1, 2]}, "run", "s", show=lambda _: None)
 

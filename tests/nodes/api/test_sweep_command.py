@@ -55,7 +55,7 @@ def test_a_failed_run_gives_exit_code_1(commands: Commands) -> None:
         (("--over", "run.sede=1"), "unknown key 'run.sede'"),
         (("--seeds", "1", "--set", "run.seed"), "--set run.seed: expected table.key=value"),
         (("--seeds", "1", "--simulate", "--workers", "2"), "--workers: a simulation has no"),
-        (("--seeds", "1", "--processes", "2"), "--processes: expected it with --simulate"),
+        (("--seeds", "1", "--processes", "2"), "--processes: expected --simulate, too"),
         (("missing.toml", "--seeds", "1"), "cannot read missing.toml"),
     ],
 )

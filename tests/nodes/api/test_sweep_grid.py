@@ -75,7 +75,7 @@ def test_a_key_without_a_dot_has_tables_as_values() -> None:
     base = Given.of({"schedule": {"name": "buffered", "size": 10}})
     cells = grid(base, {"schedule": [{"name": "rounds"}, {"name": "stream"}]})
     assert cells[0].given.checked.schedule == {"name": "rounds"}
-    assert cells[0].name.startswith("schedule=name-rounds-")
+    assert [cell.name for cell in cells] == ["schedule=rounds", "schedule=stream"]
 
 
 def test_a_short_name_is_the_end_that_no_other_key_has() -> None:
@@ -84,8 +84,9 @@ def test_a_short_name_is_the_end_that_no_other_key_has() -> None:
 
 
 def test_values_as_a_person_writes_them() -> None:
-    texts = [value_text(each) for each in (None, "raw", True, 0.1, [1, 2], {"name": "rounds"})]
-    assert texts == ["none", "raw", "true", "0.1", "[1, 2]", "name=rounds"]
+    values = (None, "raw", True, 0.1, [1, 2], {"a": 1}, {"name": "rounds", "fraction": 0.2})
+    texts = [value_text(each) for each in values]
+    assert texts == ["none", "raw", "true", "0.1", "[1, 2]", "a=1", "rounds fraction=0.2"]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,15 @@ def test_values_that_belong_to_this_host_may_differ(tmp_path) -> None:
     assert "count = 7" in found.config
 
 
+def test_a_simulation_may_differ_but_not_what_clients_train(tmp_path) -> None:
+    folder = begun(tmp_path / "run")
+    found = goes_on(folder, simulation__compute=3.0, simulation__latency="uniform(0, 1)")
+    assert found is not None
+    assert "compute = 3.0" in found.config
+    with pytest.raises(ConfigError, match=r"^simulation\.learner: expected 'train', as in run r"):
+        goes_on(folder, simulation__learner="curve")
+
+
 def test_the_table_in_the_docs_is_the_one_that_is_used() -> None:
     text = (Path(__file__).parents[3] / "docs/configuration.md").read_text()
     rows = re.findall(r"^\| `([a-z_.]+?)(?:\.\*)?`.* \| (goal|here) \|", text, re.MULTILINE)

@@ -49,9 +49,29 @@ def test_a_node_that_has_left_hosts_nothing(story):
     left(story)
     assert tracker.placement.host_of("client/0") is None
     assert story.history.nodes["w0"].sessions == 1
-    assert story.history.missing_clients == [0]
+    assert story.history.missing_clients == [(0, 0)]
     story.task(0, 0)
     assert tracker.unanswered["a/0"].host is None
+
+
+def test_clients_that_are_away_are_waited_for(story):
+    def report(sender="w1", **body):
+        story.feed("availability", sender, **body)
+
+    joined(story, "w1", 1)
+    story.entry(Opened, run="r", config="", total_clients=3)
+    assert story.history.missing_clients == [(2, 2)]
+    report(back=[], away=[[1, 1]])
+    assert story.history.missing_clients == [(1, 2)]
+    assert story.history.tracker.placement.host_of("client/1") == "w1"
+    report(back=[[1, 1]], away=[])
+    report("w0", back=[], away=[[1, 1]])  # not its own
+    report(back=[], away=[[1]])
+    assert story.history.missing_clients == [(2, 2)]
+    report(back=[], away=[[1, 1]])
+    left(story, "w1", 1)
+    joined(story, "w1", 1)
+    assert story.history.missing_clients == [(2, 2)]
 
 
 def test_a_node_that_joins_again_still_has_its_tasks(story):

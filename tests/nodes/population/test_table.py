@@ -1,10 +1,22 @@
 """``[simulation]``: a table of the configuration, checked as the others are."""
 
+import csv
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.population.availability_specs import check_availability
+from fedmq.nodes.population.csv_files import read_profiles
+from fedmq.nodes.population.distributions import DISTRIBUTIONS
 from fedmq.nodes.population.table import SimulationTable
 from fedmq.nodes.run.config import load, parse
+from fedmq.nodes.run.toml import without_none_words
+
+PAGE = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+SECTION = PAGE.split("\n## [simulation]\n")[1].split("\n## ")[0]
 
 
 def test_without_the_table_a_configuration_is_the_same_text_as_before() -> None:
@@ -64,3 +76,37 @@ def test_errors_are_one_sentence_that_names_the_key(setting: str, words: str) ->
 def test_a_daily_step_is_at_most_half_a_day() -> None:
     with pytest.raises(ValueError, match="expected an availability_step of at most 43200"):
         SimulationTable(availability="daily(8)", availability_step=50_000)
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
+    assert found
+    return found[1]
+
+
+def test_the_docs_list_every_key_with_its_default() -> None:
+    table = without_none_words(tomllib.loads(block("toml"))["simulation"])
+    assert SimulationTable.model_validate(table) == SimulationTable()
+    defaults = SimulationTable().model_dump()
+    assert list(table) == list(defaults)
+    for inner in ("faults", "curve"):
+        assert list(table[inner]) == list(defaults[inner])
+
+
+def test_the_docs_list_every_distribution() -> None:
+    assert re.findall(r"^\| `(\w+)\(", SECTION, re.MULTILINE) == [*DISTRIBUTIONS]
+
+
+def test_the_examples_of_availability_in_the_docs_are_accepted() -> None:
+    found = re.findall(r'"(spells\(exp[^"]*)"', SECTION)
+    assert found
+    for spec in (*found, "daily(8, label)", "by_label(0.1, 0.9)", 0.8):
+        check_availability(spec, 600.0)
+
+
+def test_the_example_of_profiles_in_the_docs_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "devices.csv"
+    path.write_text(block("csv"))
+    rows = list(csv.DictReader(block("csv").splitlines()))
+    found = read_profiles(str(path), "simulation.devices")
+    assert found.values["compute"].tolist() == [float(row["compute"]) for row in rows]

@@ -1,5 +1,6 @@
 """The population of a configuration, and the stand-in that ``learner = "curve"`` puts in place."""
 
+import numpy as np
 import pytest
 
 from fedmq.algorithms.problems.quadratic import DIM, QuadraticProblem
@@ -8,7 +9,7 @@ from fedmq.nodes.run.config import load, parse
 from fedmq.nodes.run.setup import Setup, set_up
 from fedmq.nodes.simulation.clients import message_bytes, population_of
 
-CURVE = ["simulation.learner=curve", "problem.partition=bootstrap(100)", "problem.clients=1000000"]
+CURVE = ["simulation.learner=curve", "problem.clients=1000000"]
 
 
 def setup(*settings: str) -> Setup:
@@ -66,6 +67,16 @@ def test_the_stand_in_takes_the_place_of_the_problem_on_every_node() -> None:
     assert isinstance(again, QuadraticProblem)
     assert (again.real, again.noise) == (problem.real, 0.25)
     assert made.config.problem["name"] == "mnist-mini"
+
+
+def test_the_clients_of_the_stand_in_have_the_stated_numbers_of_examples() -> None:
+    assert {setup(*CURVE).problem.client_size(each) for each in range(5)} == {100}
+    made = setup(*CURVE, "simulation.curve.examples=lognormal(50, 1)")
+    sizes = [made.problem.client_size(each) for each in range(1000)]
+    assert sizes == [len(made.problem.client(each)) for each in range(1000)]
+    assert np.median(sizes) == pytest.approx(50, rel=0.15)
+    tiny = setup(*CURVE, "simulation.curve.examples=0")
+    assert tiny.problem.client_size(7) == 1
 
 
 @pytest.mark.parametrize("name", ["fedsgd", "fedrep", "mocha"])

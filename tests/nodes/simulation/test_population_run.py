@@ -1,5 +1,6 @@
 """Runs over a population of clients: each is a device with times of its own."""
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,12 +9,15 @@ import pytest
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.rejections import Code
+from fedmq.nodes.errors import NodeError, RunFailed
+from fedmq.nodes.population.table import FaultsTable
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.simulation import population_run
+from fedmq.nodes.simulation.chances import Chances, chances_of
 from fedmq.nodes.simulation.population_run import PopulationRun
-from fedmq.nodes.simulation.virtual_run import Chances
-from fedmq.nodes.worker.training import compute
+from fedmq.nodes.simulation.trainers import InlineTrainer
 
 DOWN_S, COMPUTE_S, UP_S = 0.25, 2.0, 0.5
 START = 946_684_800.0
@@ -40,15 +44,16 @@ class Devices:
         return client in self.dropping
 
 
-class Inline:
-    """Trains when the result is asked for."""
+class Watched(InlineTrainer):
+    """Keeps the clients of all started tasks."""
 
     def __init__(self, setup):
-        self.setup, self.started = setup, []
+        super().__init__(setup, "cpu")
+        self.started = []
 
     def start(self, action, due=0.0):
-        self.started.append((action.client, due))
-        return lambda: compute(action, self.setup, "cpu")
+        self.started.append(action.client)
+        return super().start(action, due)
 
 
 def setup_of(schedule, clients=6, versions=3, **run):
@@ -64,6 +69,33 @@ def setup_of(schedule, clients=6, versions=3, **run):
     )
 
 
+class Spells:
+    """Each client may be away once: ``away`` has (from, until) by client."""
+
+    def __init__(self, away, clients=6):
+        self.away, self.available = away, np.ones(clients, bool)
+        self.next_change = 0.0
+        self.advance(0.0)
+
+    def advance(self, now):
+        before = self.available.copy()
+        for client, (begin, end) in self.away.items():
+            self.available[client] = not begin <= now < end
+        times = [at for spell in self.away.values() for at in spell if at > now]
+        self.next_change = min(times, default=math.inf)
+        changed = np.flatnonzero(before != self.available)
+        back = [(int(c), int(c)) for c in changed if self.available[c]]
+        return back, [(int(c), int(c)) for c in changed if not self.available[c]]
+
+    def work_until(self, client, begin, seconds):
+        start, end = self.away.get(client, (math.inf, math.inf))
+        if start <= begin < end:
+            begin = end
+        elif begin < start < begin + seconds:
+            begin += end - start
+        return begin + seconds
+
+
 ROUNDS = {"name": "rounds", "fraction": 1.0}
 STREAM = {"name": "stream", "concurrency": 3}
 
@@ -73,9 +105,11 @@ def simulate(tmp_path):
     """Return a function that makes a run, which is closed after the test."""
     made = []
 
-    def make(setup, devices, name="", **options):
+    def make(setup, devices, name="", *, checked=True, **options):
         folder = tmp_path / (name or str(len(made)))
-        made.append(PopulationRun(setup, folder, devices, Inline(setup), checked=True, **options))
+        made.append(
+            PopulationRun(setup, folder, devices, Watched(setup), checked=checked, **options)
+        )
         return made[-1], folder
 
     yield make
@@ -145,7 +179,46 @@ def test_a_client_that_drops_out_fails_its_task_without_training(simulate):
     assert dropped
     assert {m.kind for m in dropped} == {"failed"}
     assert {m.body["code"] for m in dropped} == {Code.DROPPED}
-    assert 2 not in {client for client, _ in run._trainer.started}
+    assert 2 not in run._trainer.started
+
+
+def test_the_work_of_a_client_pauses_while_it_is_away(simulate):
+    devices = Devices(compute={2: 5.0}, availability=Spells({2: (3.0, 10.0)}))
+    every_client = {"name": "stream", "concurrency": 6}
+    run, folder = simulate(setup_of(every_client, versions=60), devices)
+    run.run_to_end()
+    run.close()
+    [seconds] = [took for client, begin, took, _ in durations(folder) if client == 2][:1]
+    [begin] = [begin for client, begin, _, _ in durations(folder) if client == 2][:1]
+    assert begin < 3.0 < 10.0 < begin + seconds
+    assert seconds == pytest.approx(DOWN_S + 5.0 + 7.0 + UP_S, abs=1e-5)
+
+
+def test_a_client_that_never_comes_back_leaves_its_task_undone(simulate):
+    devices = Devices(availability=Spells({2: (1.0, math.inf)}))
+    run, folder = simulate(setup_of(ROUNDS, versions=4), devices)
+    assert "4 versions" in run.run_to_end()
+    run.close()
+    assert 2 not in [client for client, *_ in durations(folder)]
+
+
+def test_a_node_reports_its_clients_that_come_and_go(simulate):
+    away = {0: (0.0, 5.0), 1: (0.0, 5.0), 4: (6.0, 9.0)}
+    devices = Devices(availability=Spells(away))
+    run, folder = simulate(setup_of(ROUNDS, versions=8), devices, nodes=2)
+    run.run_to_end()
+    run.close()
+    found = [
+        (at - START, m.sender, m.body["back"], m.body["away"])
+        for _, at, m in messages(folder)
+        if m.kind == "availability"
+    ]
+    assert found == [
+        (0.0, "population-0", [], [[0, 1]]),
+        (5.0, "population-0", [[0, 0], [1, 1]], []),
+        (6.0, "population-1", [], [[4, 4]]),
+        (9.0, "population-1", [[4, 4]], []),
+    ]
 
 
 def test_a_stopped_run_returns_and_its_ledger_is_closed(simulate):
@@ -160,14 +233,37 @@ def test_a_stopped_run_returns_and_its_ledger_is_closed(simulate):
     assert any(m.kind == "result" for _, _, m in messages(folder))
 
 
-@pytest.mark.parametrize("chances", [Chances(crash=0.02), Chances(crash=0.02, doom=0.02)])
+CRASHES = [
+    Chances(crash=0.02),
+    Chances(crash=0.02, doom=0.02),
+    chances_of(FaultsTable(node_crash=100, broker_crash=100, power=50, disconnect=50, pause=50)),
+]
+
+
+@pytest.mark.parametrize("chances", CRASHES)
 def test_nodes_and_broker_may_be_killed(simulate, chances):
-    run, _ = simulate(setup_of(ROUNDS, versions=10), Devices(), nodes=2, chances=chances)
+    setup = setup_of(ROUNDS, versions=10)
+    run, folder = simulate(setup, Devices(), nodes=2, chances=chances)
     assert "10 versions" in run.run_to_end(limit_s=1e5)
     assert any("killed" in kind for kind in run.network.made)
     run.close()
-    calm, _ = simulate(setup_of(ROUNDS, versions=10), Devices())
-    calm.run_to_end()
-    assert model_digest(calm.aggregator.core.tensors()) == model_digest(
-        run.aggregator.core.tensors()
-    )
+    versions = [m.body["version"] for _, _, m in messages(folder) if "mean_staleness" in m.body]
+    assert versions == list(range(1, 11))
+    answers = [m.id for _, _, m in messages(folder) if m.kind == "result"]
+    assert len(set(answers)) == len(answers)
+
+
+def test_a_run_in_which_nothing_happens_any_more_fails(simulate, monkeypatch):
+    monkeypatch.setattr(population_run, "_IDLE_S", 21_600.0)
+    devices = Devices(availability=Spells(dict.fromkeys(range(6), (1.0, math.inf))))
+    run, _ = simulate(setup_of(ROUNDS, versions=4), devices, checked=False)
+    with pytest.raises(
+        NodeError, match=r"nothing has happened for 0.25 virtual days: .*clients 0-5 are away"
+    ):
+        run.run_to_end()
+
+
+def test_a_run_that_fails_raises_why(simulate):
+    run, _ = simulate(setup_of(ROUNDS, failures=12), Devices(dropping=frozenset(range(6))))
+    with pytest.raises(RunFailed):
+        run.run_to_end()

@@ -19,6 +19,10 @@ from tests.nodes.simulation.training import (
 )
 
 ROOT = Path(__file__).parents[3]
+# A thread of Ray's may fail while Ray ends.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception in thread ray_:pytest.PytestUnhandledThreadExceptionWarning"
+)
 
 
 @pytest.fixture(scope="module")

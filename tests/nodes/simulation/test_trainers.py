@@ -1,11 +1,14 @@
 """Tasks that other processes train, and the order in which they do."""
 
+import contextlib
 import dataclasses
-import functools
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,7 +24,9 @@ from fedmq.algorithms.fedavg import FedAvg
 from fedmq.algorithms.values import ReturnedError
 from fedmq.broker.rejections import Code
 from fedmq.nodes.errors import RunFailed
+from fedmq.nodes.process.logs import traceback_text
 from fedmq.nodes.process.signals import this_process
+from fedmq.nodes.simulation import process_trainer
 from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 from fedmq.nodes.simulation.trainers import InlineTrainer, QueuedTrainer
 from fedmq.nodes.simulation.training_jobs import Recipe, encode_job, read_answer, run_job
@@ -92,7 +97,9 @@ def test_an_error_in_a_parcel_gives_the_same_failure(client):
     wanted = Failed.of(live.value.with_traceback(live.tb.tb_next), setup)
     assert Failed(error.reason, error.code, error.where) == wanted
     assert error.name == type(live.value).__name__
-    assert "in client" in str(error.__notes__) or client == 3
+    shown = traceback_text(error)
+    assert re.search(r"in read_answer\nRemoteError: .*\ncaused by\n.* in run_job\n", shown)
+    assert shown.endswith(traceback_text(live.value).split(" in compute\n")[-1])
 
 
 def test_an_invalid_value_in_a_parcel_is_a_returned_error():
@@ -153,15 +160,12 @@ class Recorder(QueuedTrainer):
         super().__init__(ahead)
         self.jobs, self._setup = [], setup
 
-    def submit(self, job):
+    def submit(self, job, who):
         answer = run_job(recipe_of(self._setup), job)
         self.jobs.append(msgspec.msgpack.decode(job[0])["client"])
         future = Future()
         future.set_result(answer)
         return future
-
-    def answer(self, future):
-        return future.result()
 
     def close(self):
         pass
@@ -251,9 +255,9 @@ class Careless(FedAvg):
 
 @pytest.fixture(scope="module")
 def pool():
-    """Return a trainer with two processes, for any set-up that a test gives it."""
+    """Return a trainer with four processes, for any set-up that a test gives it."""
     setup = setup_of()
-    trainer = ProcessTrainer(setup.config, setup.config.allowed, 2)
+    trainer = ProcessTrainer(setup.config, setup.config.allowed, 4)
     yield trainer
     trainer.close()
 
@@ -262,10 +266,68 @@ def pool():
 @pytest.mark.parametrize("case", CASES)
 def test_processes_give_the_same_bytes(pool, case):
     setup = setup_of(case)
-    pool._run = functools.partial(run_job, recipe_of(setup))
-    for each in pool._context.started:
+    pool._recipe = recipe_of(setup)
+    for each in pool.processes:
         os.kill(each.pid, signal.SIGINT)  # as Ctrl-C does in a terminal
     assert results(pool, setup) == results(InlineTrainer(setup, "cpu"), setup)
+
+
+class Killed:
+    """A process that is killed while it writes an answer."""
+
+    pid = exitcode = None
+
+    def __init__(self, pipe):
+        self.sentinel, self._writer = os.pipe()
+        self._pipe = pipe
+
+    def serve(self):
+        self._pipe.recv()
+        os.write(self._pipe.fileno(), (1000).to_bytes(4, "big") + b"part")
+        self.kill()
+
+    def kill(self):
+        if self.exitcode is None:
+            self.exitcode = -signal.SIGKILL
+            self._pipe.close()
+            os.close(self._writer)
+
+    def join(self):
+        os.close(self.sentinel)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("kill", ["serve", "kill"])
+def test_a_process_that_dies_while_it_writes_ends_the_run(monkeypatch, kill):
+    monkeypatch.setattr(process_trainer, "preloading", contextlib.nullcontext)
+    setup = setup_of()
+    trainer = ProcessTrainer(setup.config, setup.config.allowed, 1)
+    ours, theirs = multiprocessing.Pipe()
+    process = Killed(theirs)
+    trainer.give_jobs_to(process, ours)
+    (first, second, *_) = [trainer.start(each) for each in actions_of(setup)]
+    thread = threading.Thread(target=getattr(process, kill))
+    thread.start()
+    for wait in (first, second):
+        with pytest.raises(RunFailed, match=r"^a training process was killed .*client 0"):
+            wait()
+    thread.join()
+    trainer.close()
+
+
+@pytest.mark.end_to_end
+def test_closing_gives_up_tasks_that_are_in_progress(pool):
+    setup, action = failing(7)
+    trainer = ProcessTrainer(setup.config, setup.config.allowed, 1)
+    waits = [trainer.start(action) for _ in range(4)]
+    trainer.submit(encode_job(action), "client 7")  # which sleeps
+    (process,) = trainer.processes
+    trainer.close()
+    assert process.exitcode == -signal.SIGKILL
+    for wait in waits:
+        with pytest.raises(RunFailed, match="have been ended"):
+            wait()
+    trainer.close()
 
 
 @pytest.mark.end_to_end
@@ -274,7 +336,9 @@ def test_a_process_that_dies_ends_the_run(client, how):
     setup, action = failing(client)
     trainer = ProcessTrainer(setup.config, setup.config.allowed, 1)
     wait = trainer.start(action)
-    with pytest.raises(RunFailed, match=f"a training process {how}.* a task of client {client}"):
+    with pytest.raises(
+        RunFailed, match=f"^a training process {how} during a task of client {client}"
+    ):
         wait()
     with pytest.raises(RunFailed, match=how):
         trainer.start(action)()
@@ -283,6 +347,7 @@ def test_a_process_that_dies_ends_the_run(client, how):
 
 SCRIPT = """
 import sys, time
+from fedmq.nodes.simulation import process_trainer
 from fedmq.nodes.simulation.process_trainer import ProcessTrainer
 from tests.nodes.simulation.training import actions_of, setup_of
 
@@ -292,7 +357,7 @@ if __name__ == "__main__":
     waits = [trainer.start(each) for each in actions_of(setup)]
     for wait in waits:
         wait()
-    print(*(each.pid for each in trainer._context.started), flush=True)
+    print(*(each.pid for each in trainer.processes), flush=True)
     time.sleep(60)
 """
 

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import torch
@@ -66,6 +67,8 @@ class Failing(Tiny):
                 os._exit(3)
             case 5:
                 os.kill(os.getpid(), signal.SIGKILL)
+            case 7:
+                time.sleep(60)
         return super().client(index)
 
     def metrics(self, outputs, y):

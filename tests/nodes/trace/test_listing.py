@@ -106,7 +106,7 @@ def test_a_filter_that_takes_nothing_reports_it(fedmq, written):
     [
         (
             ["--kind", "taks"],
-            "--kind: expected a kind .consumed, continued, ended, .*got 'taks' .*'task'",
+            "--kind: expected a kind .availability, consumed, .*got 'taks' .*'task'",
         ),
         (["--kind", "task", "--kind", "nonsense"], "--kind: expected a kind .*got 'nonsense'$"),
         (["--node", "worker-9"], "--node: expected a node of this run .*worker-1.*got 'worker-9'"),
