@@ -112,9 +112,8 @@ class Broker:
         """Return whether the runs that it serves have ended, at least one, without nodes left."""
         runs = self._mailboxes.runs
         served = [runs[name] for name in served_runs(runs, self._settings) or runs if name in runs]
-        for run in served:
-            if not run.over:
-                return False
+        if not all(run.over for run in served):
+            return False
         return bool(served) and not any(node.alive for run in served for node in run.nodes.values())
 
     def sent(self, peer: bytes, nbytes: int) -> None:
@@ -229,9 +228,8 @@ class Broker:
             case Goodbye(reason=reason, failed=failed):
                 self._sessions.leave(node, reason or "said goodbye", now, out, clean=not failed)
             case _:
-                out.append(
-                    SendTo(peer, _unexpected(f"a node does not send {kind_of(frame)} frames"))
-                )
+                reason = f"a node does not send {kind_of(frame)} frames"
+                out.append(SendTo(peer, _unexpected(reason)))
 
     def _take_credit(self, node: Node, taken: int, now: float, out: list[Action]) -> None:
         if node.in_flight:
