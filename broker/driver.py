@@ -37,7 +37,6 @@ from fedmq.broker.core.events import (
     TimerFired,
     Unpin,
 )
-from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed, LedgerDamage, LedgerError, NoSpace
 from fedmq.broker.file_modes import restrict_folder
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
@@ -45,7 +44,7 @@ from fedmq.broker.ledger.entries import BlobName
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.log_limit import LimitedLog
 from fedmq.broker.recovery import open_broker, random_identity
-from fedmq.broker.settings import BrokerSettings, LedgerSettings, Limits
+from fedmq.broker.settings import BrokerSettings, Continuation, LedgerSettings, Limits
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import encode_frame
 from fedmq.broker.wire.schema import Buffer, Chunk, Deliver
@@ -346,7 +345,7 @@ class BrokerDriver:
                 self._shared = ""
                 self._cannot_share(repr(error))
         try:
-            buffers = [self.ledger.payload.read(*blob) for blob in send.blobs]
+            buffers = [self.ledger.payload.read(*blob) for blob in send.blobs] if send.blobs else []
         except LedgerError as error:
             if self._held is not None:
                 return  # not written yet: the node requests it again

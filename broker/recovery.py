@@ -25,7 +25,7 @@ from fedmq.broker.core.lifecycles import (
     SessionState,
 )
 from fedmq.broker.core.mailboxes import Mailboxes, timer_of
-from fedmq.broker.core.state import Continuation, Node, RunState
+from fedmq.broker.core.state import Node, RunState
 from fedmq.broker.errors import LedgerDamage, LedgerError, check_advice
 from fedmq.broker.ledger.blob_store import read_payload
 from fedmq.broker.ledger.disk import LOCAL_DISK, Disk
@@ -40,7 +40,7 @@ from fedmq.broker.ledger.entries import (
 )
 from fedmq.broker.ledger.manifest import check_entries
 from fedmq.broker.ledger.writer import Ledger
-from fedmq.broker.settings import EVERYTHING, BrokerSettings, Durability, Retained
+from fedmq.broker.settings import EVERYTHING, BrokerSettings, Continuation, Durability, Retained
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
     BROKER,

@@ -22,11 +22,10 @@ from fedmq.broker.access.broker_keys import BrokerKeys
 from fedmq.broker.access.curve import KeyPair
 from fedmq.broker.access.rights import Access
 from fedmq.broker.core.events import Event, ReceivedFrom, Unreadable
-from fedmq.broker.core.state import Continuation
 from fedmq.broker.driver import BrokerDriver
 from fedmq.broker.errors import BrokerError, WireError
 from fedmq.broker.open_files import reserve_files
-from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.settings import BrokerSettings, Continuation, LedgerSettings
 from fedmq.broker.transport.admitting import AdmittingStore
 from fedmq.broker.transport.connections import Connections
 from fedmq.broker.transport.listening import bind_all, router_socket
@@ -236,8 +235,9 @@ class RouterPort:
     def _flush(self, peer: bytes, queue: SendQueue, sent: Callable[[bytes, int], None]) -> None:
         while queue:
             parts = queue.next()
+            tracked = self._queues.needs_mark(queue)
             try:
-                tracker = send_parts(self.socket, [peer, *parts], tracked=queue.needs_mark(parts))
+                tracker = send_parts(self.socket, [peer, *parts], tracked=tracked)
             except zmq.Again:
                 return
             except zmq.ZMQError as error:

@@ -124,3 +124,17 @@ class LedgerSettings:
     retain_bytes: Retained = EVERYTHING
     redeliver_dead_letters: bool = False
     share_files: bool = True
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A run that continues, with new sessions of all nodes, when the broker starts.
+
+    run: its id.
+    config: its new configuration.
+    further: whether a run that has ended is reopened.
+    """
+
+    run: str
+    config: str
+    further: bool = False

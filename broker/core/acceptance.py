@@ -42,12 +42,15 @@ from fedmq.broker.wire.encoding import (
     decode_message,
     is_deeper,
 )
-from fedmq.broker.wire.schema import MAX_DEPTH, Buffer, Message, Post
+from fedmq.broker.wire.schema import MAX_DEPTH, Blob, Buffer, Message, Post
 
 BROKERS_OWN = ("joined", "left", "tick", "refused", CONTINUED)
 """Kinds of messages that only the broker may send."""
 _ADDRESSES = (AGGREGATOR, EVALUATOR, RECORD, CHECKPOINT, TIMER)
 _CLIENTS = f"{CLIENT}/"
+
+_SMALL_BYTES = 1024
+"""A message of at most this size is decoded in one step: that takes as long as its envelope."""
 
 _OF_ANSWERS = (Code.LIMIT, Code.BAD_BLOB, Code.MISSING_BLOB, Code.TOO_DEEP)
 """Reasons for which a post is rejected that was asked for."""
@@ -68,20 +71,21 @@ class Acceptance:
     ) -> PendingPost | RejectedPost:
         """Decode a post's message, and check that the node may post it.
 
-        The message's body, which can take long to decode, is decoded last.
+        The body of a large message, which can take long to decode, is decoded last.
         """
-        envelope: Envelope | None = None
+        envelope: Envelope | Message | None = None
         message: Message | None = None
         try:
-            envelope = decode_envelope(post.message)
+            envelope = _decode_first(post.message)
             answers = _check_envelope(node, envelope)
             fingerprint = PostFingerprint.of(node.run.id, node.name, envelope.id, post.message)
             if self._mailboxes.seen(node, fingerprint) != "new":
                 return _duplicate(post, envelope.id, fingerprint)
             if answers and _lacks_request(node, post):
                 return _not_asked(node, post, envelope)
-            message = decode_message(post.message)
-            check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
+            message = envelope if isinstance(envelope, Message) else decode_message(post.message)
+            if buffers or post.inline:
+                check_inline(message.blobs, post.inline, buffers, schema.POST_BYTES)
             _check_body(node, message)
             if message.to == TIMER and not self._mailboxes.may_set_timer(node.run):
                 text = f"{MAX_TIMERS:,} timers wait at this broker, many of them of this run"
@@ -96,15 +100,15 @@ class Acceptance:
         return PendingPost(post, message, fingerprint, answers=answers)
 
     def unasked(self, node: Node, post: PendingPost) -> RejectedPost | None:
-        """Return the rejection of a post that must answer a delivery, and does not.
+        """Return the rejection of a post that does not answer a delivery, as it must.
 
         The first message that it consumes must be a request to this node that it has not answered,
         and the one that it names in ``re``.
         """
-        if not post.answers:
+        request = self._mailboxes.request_id(node, post.frame.consumes[0])  # `parse` has checked it
+        if request == post.message.re:
             return None
-        request = self._mailboxes.read(post.frame.consumes[0]).read()  # `parse` has checked that
-        return None if request.id == post.message.re else _not_asked(node, post.frame, post.message)
+        return _not_asked(node, post.frame, post.message, post.message.blobs)
 
     def apply(
         self, node: Node, post: PendingPost | RejectedPost, now: float, out: list[Action]
@@ -120,11 +124,10 @@ class Acceptance:
             and isinstance(post, PendingPost)
             and (post.answers and _lacks_request(node, post.frame))
         ):
-            post = _not_asked(node, post.frame, post.message)  # the post before it was the answer
+            # The post before it was the answer.
+            post = _not_asked(node, post.frame, post.message, post.message.blobs)
         if seen != "same" and isinstance(post, PendingPost):
-            leads = node.hello.role == AGGREGATOR
-            mailboxes.note_accepted(node.run, node.name, post.fingerprint, leads=leads)
-            self._accept(node, post, now, out)
+            self.accept(node, post, now, out)
             return
         if seen != "same" and isinstance(post, RejectedPost):
             self._refuse_request(node, post, now, out)
@@ -146,12 +149,29 @@ class Acceptance:
             code = post.rejection.code
             self._mailboxes.refuse(node.run, seq, node.name, text, now, out, code=code)
 
-    def _accept(self, node: Node, post: PendingPost, now: float, out: list[Action]) -> None:
+    def accept(self, node: Node, post: PendingPost, now: float, out: list[Action]) -> None:
+        """Accept a post whose blobs are stored, and which `parse` has checked in the same event."""
+        leads = node.hello.role == AGGREGATOR
+        self._mailboxes.note_accepted(node.run, node.name, post.fingerprint, leads=leads)
         # A node can only consume messages that were delivered to it.
         consumes = post.frame.consumes and tuple(
-            seq for seq in post.frame.consumes if node.pending.pop(seq, None) is not None
+            seq for seq in post.frame.consumes if node.finish(seq)
         )
         self._mailboxes.accept(node.run, post.message, post.frame.message, consumes, now, out)
+
+
+def _decode_first(data: bytes) -> Envelope | Message:
+    """Decode a small message; of a large one, which can take long to decode, only the envelope.
+
+    Raises:
+        WireError: the bytes are not a message.
+    """
+    if len(data) > _SMALL_BYTES:
+        return decode_envelope(data)
+    try:
+        return decode_message(data)
+    except WireError:
+        return decode_envelope(data)  # it may be valid, and tells the id
 
 
 def _frame_id(node: Node, post: Post) -> tuple[str, PostFingerprint]:
@@ -187,20 +207,21 @@ def _own(node: Node) -> tuple[str | None, str]:
     return None, node_address(node.name)
 
 
-def _not_asked(node: Node, post: Post, message: Envelope | Message) -> RejectedPost:
-    """Return the rejection of a post that nobody asked for."""
+def _not_asked(
+    node: Node, post: Post, message: Envelope | Message, blobs: Sequence[Blob] = ()
+) -> RejectedPost:
+    """Return the rejection of a post that nobody asked for; ``blobs``: that it may have stored."""
     text = (
         f"expected {message.kind!r} to answer a message that this node has received and not "
         "answered, to name it in re, and to consume it"
     )
     # Its id is not used up: the same answer may come again once it was asked.
     _, fingerprint = _frame_id(node, post)
-    blobs = message.blobs if isinstance(message, Message) else ()
     names = tuple(BlobName(node.run.id, node.name, each.digest) for each in blobs)
     return RejectedPost(post, Rejection(Code.NOT_ASKED, text), message.id, fingerprint, names)
 
 
-def _check_envelope(node: Node, message: Envelope) -> bool:
+def _check_envelope(node: Node, message: Envelope | Message) -> bool:
     """Check that a node may post a message: its sender and run, its kind and address.
 
     Returns:

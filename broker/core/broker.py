@@ -37,10 +37,7 @@ from fedmq.broker.core.sessions import Sessions
 from fedmq.broker.core.state import Node, PendingFrame, PendingPost, RejectedPost
 from fedmq.broker.core.uploads import Uploads
 from fedmq.broker.errors import VersionError
-from fedmq.broker.ledger.entries import (
-    BlobName,
-    Ended,
-)
+from fedmq.broker.ledger.entries import BlobName, Ended
 from fedmq.broker.rejections import Code, RejectCode
 from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.wire import schema
@@ -115,9 +112,8 @@ class Broker:
         """Return whether the runs that it serves have ended, at least one, without nodes left."""
         runs = self._mailboxes.runs
         served = [runs[name] for name in served_runs(runs, self._settings) or runs if name in runs]
-        for run in served:
-            if not run.over:
-                return False
+        if not all(run.over for run in served):
+            return False
         return bool(served) and not any(node.alive for run in served for node in run.nodes.values())
 
     def sent(self, peer: bytes, nbytes: int) -> None:
@@ -129,7 +125,6 @@ class Broker:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Handle one event; return the actions to carry out, in order."""
         self._mailboxes.fresh.clear()
-        self._uploads.begin()
         out: list[Action] = []
         match event:
             case ReceivedFrom():
@@ -183,7 +178,8 @@ class Broker:
     def _received(self, event: ReceivedFrom, now: float, out: list[Action]) -> None:
         frame, peer, origin = event.frame, event.peer, event.origin
         node = self._sessions.session_of(peer, origin, out)
-        if node is None or not node.alive or isinstance(frame, Hello):
+        is_alive = node is not None and node.alive
+        if not is_alive or isinstance(frame, Hello):
             # A live session's key has rights: it ends when they do.
             if not self._admissions.has_rights(peer, frame, origin, now, out):
                 return
@@ -194,7 +190,7 @@ class Broker:
                 return
         elif self._full and isinstance(frame, NumberedFrame):
             out.append(SendTo(peer, schema.StorageFull(reason=self._full)))
-        if node is None or not node.alive:
+        if node is None or not is_alive:
             if isinstance(frame, Goodbye):
                 self._admissions.early.discard(peer)
             elif isinstance(frame, Enroll):
@@ -228,6 +224,7 @@ class Broker:
             case Chunk():
                 if self._uploads.take(node, frame, event.buffers, out):
                     self._settle(node, now, out)
+                self._uploads.completed = None
             case Goodbye(reason=reason, failed=failed):
                 self._sessions.leave(node, reason or "said goodbye", now, out, clean=not failed)
             case _:
@@ -235,7 +232,8 @@ class Broker:
                 out.append(SendTo(peer, _unexpected(reason)))
 
     def _take_credit(self, node: Node, taken: int, now: float, out: list[Action]) -> None:
-        delivery.note_taken(node, taken)
+        if node.in_flight:
+            delivery.note_taken(node, taken)
         if node.queue and not self._full:
             out.extend(delivery.deliver(node, self._mailboxes.read, now))
 
@@ -260,33 +258,37 @@ class Broker:
             node.read_bytes = min(frame.read, node.pointed_bytes)
             match frame:
                 case Post():
-                    self._enqueue(node, self._begin(node, frame, buffers, now, out))
+                    self._begin(node, frame, buffers, now, out)
                 case PostAll():
                     for post in frame.each():
-                        self._enqueue(node, self._begin(node, post, buffers, now, out))
+                        self._begin(node, post, buffers, now, out)
+                case Done() | RunEnded() if node.pending_frames:
+                    self._uploads.hold(node, frame)
                 case Done() | RunEnded():
-                    self._enqueue(node, frame)
+                    self._apply(node, frame, now, out)
             if buffers:
                 self._acks.add(node, now, sum(memoryview(each).nbytes for each in buffers))
-            self._settle(node, now, out)
-
-    def _enqueue(self, node: Node, frame: PendingFrame) -> None:
-        if node.pending_frames or (isinstance(frame, PendingPost) and frame.apart):
-            self._uploads.hold(node, frame)
-        else:
-            node.pending_frames.append(frame)  # it is applied in this event
+            if node.pending_frames or node.fetcher.missing_bytes:
+                self._settle(node, now, out)
 
     def _begin(
         self, node: Node, frame: Post, buffers: Sequence[Buffer], now: float, out: list[Action]
-    ) -> PendingPost | RejectedPost:
-        """Parse a post, store the blobs that came with it, and fetch those that are missing."""
+    ) -> None:
+        """Parse a post, store the blobs that came with it, and apply it, or let it wait."""
         post = self._acceptance.parse(node, frame, buffers)
-        if isinstance(post, RejectedPost):
-            return post
-        self._uploads.note_message(node, post.message, now)
-        if (unasked := self._acceptance.unasked(node, post)) is not None:
-            return unasked
-        return self._uploads.begin_post(node, post, buffers, out)
+        if isinstance(post, PendingPost):
+            self._uploads.note_message(node, post.message, now)
+            if post.answers:
+                post = self._acceptance.unasked(node, post) or post
+        if isinstance(post, PendingPost):
+            post = self._uploads.begin_post(node, post, buffers, out)
+        if node.pending_frames or (isinstance(post, PendingPost) and post.apart):
+            self._uploads.hold(node, post)
+        elif isinstance(post, PendingPost):
+            self._acceptance.accept(node, post, now, out)
+            self._acks.add(node, now)
+        else:
+            self._apply(node, post, now, out)
 
     def _settle(self, node: Node, now: float, out: list[Action]) -> None:
         """Apply, in order, the pending frames whose blobs have arrived; request missing blobs."""
@@ -297,21 +299,26 @@ class Broker:
             if frame is None:
                 break
             node.pop_frame()
-            match frame:
-                case PendingPost():
-                    self._acceptance.apply(node, frame.complete(), now, out)
-                case RejectedPost():
-                    self._acceptance.apply(node, frame, now, out)
-                case Done():
-                    self._done(node, frame, now, out)
-                case RunEnded(reason=reason):
-                    self._end_run(node, reason, now, out)
-                    return
-            self._acks.add(node, now)
-        self._uploads.ask(node, now, out)
+            self._apply(node, frame, now, out)
+        if not node.run.over:
+            self._uploads.ask(node, now, out)
         if node.has_dropped and not self._uploads.holds_too_much(node, part=2):
             node.has_dropped = False
             out.append(SendTo(node.peer, UnknownSession(dropped=True)))
+
+    def _apply(self, node: Node, frame: PendingFrame, now: float, out: list[Action]) -> None:
+        """Apply a frame whose blobs are stored, after all frames before it."""
+        match frame:
+            case PendingPost():
+                self._acceptance.apply(node, frame.complete(), now, out)
+            case RejectedPost():
+                self._acceptance.apply(node, frame, now, out)
+            case Done():
+                self._done(node, frame, now, out)
+            case RunEnded(reason=reason):
+                self._end_run(node, reason, now, out)
+                return
+        self._acks.add(node, now)
 
     def _done(self, node: Node, done: Done, now: float, out: list[Action]) -> None:
         for seq, reason in done.refused.items():
@@ -329,8 +336,7 @@ class Broker:
 
     def _end_run(self, node: Node, reason: str, now: float, out: list[Action]) -> None:
         if node.hello.role not in ENDS_RUN:
-            text = "only the aggregator may end a run"
-            out.append(SendTo(node.peer, _unexpected(text)))
+            out.append(SendTo(node.peer, _unexpected("only the aggregator may end a run")))
             return
         run = node.run
         run.over = reason or "over"
@@ -340,19 +346,16 @@ class Broker:
         self._acks.add(node, now)
         out.extend(self._acks.take())
         # A node stays until it says goodbye; any other frame is answered with RunEnded.
-        out.extend(
-            SendTo(each.peer, RunEnded(reason=run.over))
-            for each in run.nodes.values()
-            if each.alive and each.peer
-        )
+        connected = [each for each in run.nodes.values() if each.alive and each.peer]
+        out.extend(SendTo(each.peer, RunEnded(reason=run.over)) for each in connected)
         run.refused.clear()
         run.interrupted.clear()
         for member in run.nodes.values():
             if member.alive:
                 member.move(SessionEvent.RUN_END)
             member.lease_until = now + self._settings.lease_s
-            member.pending.clear()
-            member.queue.clear()
+            for messages in (member.pending, member.requests, member.queue):
+                messages.clear()
             member.pending_frames.clear()
             member.held_bytes, member.has_dropped = 0, False
         run.waiting.clear()

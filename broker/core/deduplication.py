@@ -54,6 +54,9 @@ class DedupWindow:
     Args:
         limit: number of ids that trimming leaves; below twice this number are kept.
         has_ended: returns whether a run has ended; the ids of those are trimmed first.
+
+    Attributes:
+        size: number of ids that are kept.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class DedupWindow:
     ) -> None:
         self._limit, self._has_ended = limit, has_ended
         self._ids: dict[Sender, dict[int, int]] = {}
-        self._size = 0
+        self.size = 0
 
     def add(self, run: str, name: str, fingerprint: PostFingerprint) -> None:
         """Add a message, its sender's newest; ``name``: of the sender."""
@@ -70,9 +73,9 @@ class DedupWindow:
         if ids is None:
             ids = self._ids[sender] = {}
         if ids.pop(fingerprint.name, None) is None:
-            self._size += 1
+            self.size += 1
         ids[fingerprint.name] = fingerprint.data
-        if self._size >= 2 * self._limit:
+        if self.size >= 2 * self._limit:
             self._trim()
 
     def seen(self, run: str, name: str, fingerprint: PostFingerprint) -> Known:
@@ -91,13 +94,13 @@ class DedupWindow:
             trimmed = _share(part, left)
             left -= sum(map(len, trimmed.values()))
             kept |= trimmed
-        self._ids, self._size = kept, self._limit - left
+        self._ids, self.size = kept, self._limit - left
 
     def validate_state(self) -> None:
         """Raise AssertionError if more ids are kept than may be, or another number than counted."""
         size = sum(map(len, self._ids.values()))
-        if size != self._size or size >= 2 * self._limit or not all(self._ids.values()):
-            raise AssertionError(f"{size} ids are kept: {self._size} count, limit {self._limit}")
+        if size != self.size or size >= 2 * self._limit or not all(self._ids.values()):
+            raise AssertionError(f"{size} ids are kept: {self.size} count, limit {self._limit}")
 
 
 def _share(senders: dict[Sender, dict[int, int]], room: int) -> dict[Sender, dict[int, int]]:

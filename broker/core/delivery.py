@@ -24,6 +24,9 @@ from fedmq.broker.wire.schema import Ack, Deliver, Message
 
 WINDOW_MESSAGES = 8192
 WINDOW_BYTES = 4 << 20
+MAX_REQUESTS = 1 << 14
+"""Ids of deliveries that are kept for each node, so that its answers can be checked without reading
+the ledger; those beyond that are read from there."""
 RETRY_S = 0.5
 RETRY_MAX_S = 30.0
 ACK_WITHIN_S = 0.1
@@ -65,7 +68,7 @@ def deliver(node: Node, read: Callable[[int], Accepted], now: float) -> list[Sen
 
 def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> SendTo:
     """Return the delivery of one message, and count it as in flight."""
-    inline = inline_choice(message.blobs, schema.INLINE_BYTES)
+    inline = inline_choice(message.blobs, schema.INLINE_BYTES) if message.blobs else ()
     size = len(data)
     beside: list[tuple[BlobName, int, int]] = []
     apart: list[tuple[int, BlobName]] = []
@@ -76,7 +79,10 @@ def delivery(node: Node, seq: int, at: float, data: bytes, message: Message) -> 
         elif node.reads_files:
             apart.append((index, blob_name(message, blob)))
             node.pointed_bytes += blob.size
-    node.note_readable(seq, message)
+    if len(node.requests) < MAX_REQUESTS and node.hello.role != AGGREGATOR:
+        node.requests[seq] = message.id
+    if message.blobs:
+        node.note_readable(seq, message)
     node.in_flight_bytes += size
     node.in_flight.append((seq, size))
     frame = Deliver(seq=seq, at=at, message=data, inline=inline, after=node.sent)

@@ -63,6 +63,10 @@ class Mailboxes:
         self.fresh: dict[int, Accepted] = {}
         """Messages accepted in this event, by number; the ledger does not have them yet."""
 
+    def request_id(self, node: Node, seq: int) -> str:
+        """Return the id of an unfinished message of a node."""
+        return node.requests.get(seq) or self.read(seq).read().id
+
     def read(self, seq: int) -> Accepted:
         """Return an accepted message by its number."""
         return self.fresh.get(seq) or self.store.read(seq)
@@ -79,10 +83,10 @@ class Mailboxes:
         run, name = node.run.id, node.name
         leads = node.hello.role == AGGREGATOR
         known = (self.leader_window if leads else self.dedup_window).seen(run, name, fingerprint)
-        if known == "new":
+        if known == "new" and self.rejected_window.size:
             known = self.rejected_window.seen(run, name, fingerprint)
-        if known == "new":
-            known = self.rejected_window.seen(run, "", fingerprint)  # a ledger of 0.1.0: no sender
+            if known == "new":  # a ledger of 0.1.0 has no senders
+                known = self.rejected_window.seen(run, "", fingerprint)
         return known
 
     def note_accepted(
@@ -126,7 +130,8 @@ class Mailboxes:
             out: list to which the actions are appended.
         """
         seq = self.number()
-        self._discard(run, consumes)
+        if consumes:
+            self._discard(run, consumes)
         run.count_message(message.sender, len(data))
         if message.to == CHECKPOINT:
             consumes += () if run.checkpoint is None else (run.checkpoint,)
@@ -134,7 +139,7 @@ class Mailboxes:
         elif message.to == TIMER:
             token, after_s = timer_of(message)
             heapq.heappush(self.timers, (now + after_s, seq, run.id, token))
-        uses = [blob_name(message, blob) for blob in message.blobs]
+        uses = [blob_name(message, blob) for blob in message.blobs] if message.blobs else ()
         traffic = run.traffic() if message.to == CHECKPOINT else UNSET
         entry = Accepted(seq=seq, at=now, message=data, consumes=consumes, traffic=traffic)
         self.fresh[seq] = entry
@@ -152,7 +157,7 @@ class Mailboxes:
 
     def consume(self, node: Node, seqs: Sequence[int], now: float, out: list[Action]) -> None:
         """Record that a node has handled messages; numbers that are not pending are ignored."""
-        finished = [seq for seq in seqs if node.pending.pop(seq, None) is not None]
+        finished = [seq for seq in seqs if node.finish(seq)]
         self._discard(node.run, finished)
         for start in range(0, len(finished), _CONSUMED_BATCH):
             of = tuple(finished[start : start + _CONSUMED_BATCH])

@@ -125,8 +125,8 @@ class Sessions:
             run.waiting.setdefault(address, []).append(seq)
         for address in set(node.pending.values()):
             run.waiting[address].sort()
-        node.pending.clear()
-        node.queue.clear()
+        for messages in (node.pending, node.requests, node.queue):
+            messages.clear()
         self.announce("left", node, details, now, out)
         node.shrink()
 

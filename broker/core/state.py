@@ -38,20 +38,6 @@ MAX_READABLE = 1000
 """Finished blobs that a node's `readable` may hold before they are removed."""
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """A run that continues, with new sessions of all nodes, when the broker starts.
-
-    run: its id.
-    config: its new configuration.
-    further: whether a run that has ended is reopened.
-    """
-
-    run: str
-    config: str
-    further: bool = False
-
-
 class PendingPost(Struct, frozen=True):
     """A post that was parsed; it waits for its blobs, or for the frames before it.
 
@@ -132,10 +118,12 @@ class Node:
     held_bytes: memory that they use.
     has_dropped: whether frames were dropped because it was too much.
     pending: its unfinished messages, in order: number to address.
+    requests: ids of those that were delivered, by number; not all if there are very many.
     queue: numbers of the pending messages that have not been sent yet.
     in_flight: (number, bytes) of each delivery that was sent and not taken yet.
     sent: every pending message below this number has been sent.
     resume_at: no message is delivered before this time, in seconds since 1970.
+    unchecked_bytes: see `Uploads`.
     origin: of its connection; the session belongs to the key in it.
     owner: of its name, see `fedmq.broker.access.owners`.
     reads_files: whether it may read blobs from the ledger's files.
@@ -156,6 +144,7 @@ class Node:
     has_dropped: bool = False
     fetcher: Fetcher = field(default_factory=lambda: Fetcher(UPLOAD_WINDOW_CHUNKS))
     pending: dict[int, str] = field(default_factory=dict)
+    requests: dict[int, str] = field(default_factory=dict)
     queue: deque[int] = field(default_factory=deque)
     in_flight: deque[tuple[int, int]] = field(default_factory=deque)
     in_flight_bytes: int = 0
@@ -168,6 +157,7 @@ class Node:
     read_bytes: int = 0
     """The part of these that the node has read from the ledger's files."""
     sessions: int = 0
+    unchecked_bytes: int = 0
     origin: Origin = KEYLESS
     owner: str = ""
     reads_files: bool = False
@@ -198,7 +188,7 @@ class Node:
 
     def note_readable(self, seq: int, message: Message) -> None:
         """Let the node read the blobs of an unfinished message that is delivered to it."""
-        if message.blobs and self.hello.role != AGGREGATOR:
+        if self.hello.role != AGGREGATOR:
             if len(self.readable) > MAX_READABLE + 2 * MAX_BUFFERS * len(self.pending):
                 self.readable = {k: v for k, v in self.readable.items() if self.may_read(k)}
             for blob in message.blobs:
@@ -206,6 +196,11 @@ class Node:
                 seqs.append(seq)
                 while seqs[0] != seq and seqs[0] not in self.pending:
                     seqs.popleft()
+
+    def finish(self, seq: int) -> bool:
+        """Remove a message that the node has handled; return whether it was unfinished."""
+        self.requests.pop(seq, None)
+        return self.pending.pop(seq, None) is not None
 
     def hold(self, frame: PendingFrame) -> None:
         """Append a frame that must wait, and count its memory."""
@@ -243,7 +238,7 @@ class Node:
 
     def validate_state(self) -> None:
         """Raise AssertionError, with what is wrong, if the session contradicts itself."""
-        if self.pending or self.queue or self.in_flight:
+        if self.pending or self.queue or self.in_flight or self.requests:
             self._validate_messages()
         if self.state is SessionState.AWAITED and self.peer:
             raise AssertionError(f"{self.name} is awaited, but has a connection")
@@ -267,6 +262,8 @@ class Node:
             raise AssertionError(f"{name} has left, but still has messages {pending[:5]}")
         if sorted(pending) != pending or sorted(set(queue)) != queue:
             raise AssertionError(f"{name}'s messages {pending} or queue {queue} are out of order")
+        if not self.requests.keys() <= self.pending.keys():
+            raise AssertionError(f"{name} has ids of messages that are finished")
         if queue and queue[0] < sent:
             raise AssertionError(f"{name}'s queue has message {queue[0]}, which was sent")
         if self.state is not SessionState.AWAITED and pending and pending[-1] >= sent:

@@ -15,7 +15,7 @@ from fedmq.broker.rejections import Code
 from fedmq.broker.settings import Limits
 from fedmq.broker.wire.addresses import AGGREGATOR
 from fedmq.broker.wire.chunked_transfer import Owned
-from fedmq.broker.wire.schema import EMPTY, Buffer, Chunk, Message
+from fedmq.broker.wire.schema import CHUNK_BYTES, EMPTY, Blob, Buffer, Chunk, Message
 from fedmq.broker.wire.window import RESERVED_BYTES
 
 UPLOAD_CHUNKS = 32
@@ -26,6 +26,11 @@ matter more than throughput. (Measured on two cores, beside a stream of 100 MB b
 the 99th percentile with a window of 8 chunks, 15 to 17 with 2, 11 to 16 with 1.)"""
 CONTROL_BYTES = 1 << 20
 """What an aggregator may store beyond the limits of disk, in messages without blobs."""
+_RECORD_BYTES = 1024
+"""More than the head of a chunk's record takes on the disk."""
+_CHECKED_PART = 1024
+"""A node's usage is compared with the limits when this part of the room has been used. So small
+that nothing can exceed the limits in between: a blob may be deleted and fetched again."""
 NEARLY_FULL = 0.9
 """Fraction of a limit of disk above which a warning is logged."""
 SMALL_MESSAGE_RATE, SMALL_MESSAGE_PERIOD_S = 4, 0.2
@@ -39,59 +44,78 @@ class Uploads:
     Args:
         store: reads the ledger.
         limits: of the broker.
+
+    Attributes:
+        completed: name and size of the blob that the present event has completed, before the ledger
+            has it; to be cleared at the end of the event.
     """
 
     def __init__(self, store: Store, limits: Limits) -> None:
         self._store, self._limits = store, limits
+        self.completed: tuple[BlobName, int] | None = None
         self._holding: dict[int, Node] = {}
         """Nodes with frames that wait for blobs, by identity of the object; and some without."""
         self._busy: dict[int, Node] = {}
         """Nodes with chunks to send, by identity of the object."""
         self._small_messages: deque[float] = deque(maxlen=SMALL_MESSAGE_RATE)
         """Arrival times of the last messages without blobs."""
+        self._named_bytes = 0
+        """The most that the blobs of all posts can have taken on the disk, beginning with this
+        object. With the bytes of its run's messages, it says how much a node can have stored since
+        its usage was last compared with the limits: below `Node.unchecked_bytes`, it need not be
+        compared again."""
         self._warned: set[tuple[str, str]] = set()
         """Run and node, or run and "", for each limit of disk that was reported as nearly used."""
-        self._completed: tuple[BlobName, int] | None = None
-        """Name and size of the blob that the present event has completed."""
-
-    def begin(self) -> None:
-        """Begin with another event."""
-        self._completed = None
 
     def note_message(self, node: Node, message: Message, now: float) -> None:
         """Count a message if a round trip may depend on it."""
-        recipient = node.run.host_of(message.to)
-        if not message.blobs and not (recipient is not None and len(recipient.fetcher)):
+        if message.blobs:
+            return
+        recipient = node.run.host_of(message.to) if self._busy else None
+        if recipient is None or not len(recipient.fetcher):
             self._small_messages.append(now)
 
     def begin_post(
         self, node: Node, post: PendingPost, buffers: Sequence[Buffer], out: list[Action]
     ) -> PendingPost | RejectedPost:
-        """Store the blobs that came with a post, and fetch the others."""
+        """Store the blobs that came with a post, and fetch the others.
+
+        In the post that is returned, ``apart`` is empty if it can be applied in this event.
+        """
         message = post.message
-        if reason := self._over_disk(node, post, out):
-            return post.rejected(Code.LIMIT, reason)
-        beside = {
-            message.blobs[index]: data
-            for index, data in zip(post.frame.inline, buffers, strict=True)
-        }
+        for blob in message.blobs:
+            self._named_bytes += blob.size + _RECORD_BYTES * (1 + blob.size // CHUNK_BYTES)
+        grown = self._named_bytes + node.run.message_bytes[""]
+        if grown + len(post.frame.message) > node.unchecked_bytes:
+            room = self._disk_room(node, post, out)
+            if isinstance(room, str):
+                return post.rejected(Code.LIMIT, room)
+            node.unchecked_bytes = grown + room // _CHECKED_PART
+        if not message.blobs:
+            return post
+        beside: dict[Blob, Buffer] = {}
+        for index, data in zip(post.frame.inline, buffers, strict=True):
+            beside[message.blobs[index]] = data
         apart = []
+        waits = bool(node.pending_frames)  # then a stored blob may be deleted until its turn
         for blob in message.blobs:
             name = blob_name(message, blob)
             if not blob.size and blob.digest != EMPTY:
                 text = f"expected the digest of no bytes for an empty blob, got {blob.digest.hex()}"
                 return post.rejected(Code.BAD_BLOB, text)
-            if self._store.size_of(name) is None and (blob in beside or not blob.size):
+            size = self._store.size_of(name)
+            if size is None and (blob in beside or not blob.size):
                 out.append(Put(name, blob.size, 0, beside.get(blob, b"")))
             else:
                 apart.append(blob)
-        if not apart:
+                waits |= size != blob.size
+        if not waits:
             return post
         post = replace(post, apart=tuple(apart))
         return self.resolve(node, post) or post
 
-    def _over_disk(self, node: Node, post: PendingPost, out: list[Action]) -> str:
-        """Return why the disk has no room for a post: its node or its run uses too much; or "".
+    def _disk_room(self, node: Node, post: PendingPost, out: list[Action]) -> int | str:
+        """Return the bytes that a node may store beyond a post, or why it may not store that.
 
         Log once for each node and each run that only little is left.
         """
@@ -109,6 +133,7 @@ class Uploads:
             of_run += sum(each.fetcher.missing_bytes for each in fetching if each.run is run)
         of_node += run.message_bytes[node.name]
         of_run += run.message_bytes[""]
+        room = min(limits.node_disk - of_node, limits.run_disk - of_run) - new
         if node.hello.role == AGGREGATOR and not post.message.blobs:
             new -= CONTROL_BYTES  # so that it can still record why the run ends
         if of_node + new > limits.node_disk:
@@ -125,7 +150,7 @@ class Uploads:
             self._warn(run.id, node.name, of_node + new, out)
         if of_run + new > NEARLY_FULL * limits.run_disk:
             self._warn(run.id, "", of_run + new, out)
-        return ""
+        return room
 
     def _warn(self, run: str, node: str, used: int, out: list[Action]) -> None:
         """Log that the disk of a node, or of a run (``node`` is ""), is nearly used up."""
@@ -163,8 +188,8 @@ class Uploads:
 
     def _size_of(self, name: BlobName) -> int | None:
         """Return the size of a blob that is stored, or will be at the end of this event."""
-        if self._completed is not None and name == self._completed[0]:
-            return self._completed[1]
+        if self.completed is not None and name == self.completed[0]:
+            return self.completed[1]
         return self._store.size_of(name)
 
     def hold(self, node: Node, frame: PendingFrame) -> None:
@@ -212,7 +237,7 @@ class Uploads:
             out.append(Discard(blob_id, received.size))
             self._fail(node, name, Code.BAD_BLOB, "the bytes of a blob do not match its digest")
         elif good and continues:
-            self._completed = (blob_id, received.size)
+            self.completed = (blob_id, received.size)
         return True
 
     def _fail(self, node: Node, name: Owned, code: Code, reason: str) -> None:

@@ -74,7 +74,7 @@ def pack(head: bytes, data: Buffer = b"") -> bytes:
     """
     if len(head) > _MAX_HEAD:
         raise LedgerError(f"expected a head of at most {_MAX_HEAD} bytes, got {len(head)}")
-    length = memoryview(data).nbytes
+    length = memoryview(data).nbytes if data else 0
     check = xxhash.xxh32_intdigest(_LENGTHS.pack(len(head), length))
     return _PREFIX.pack(len(head), length, check, _checksum(head, data)) + head
 

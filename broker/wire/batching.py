@@ -45,7 +45,7 @@ class Outbox:
         size = len(header) + _PER_FRAME_BYTES
         buffer_bytes = 0
         for each in buffers:
-            buffer_bytes += memoryview(each).nbytes
+            buffer_bytes += len(each) if isinstance(each, bytes) else each.nbytes
         if buffer_bytes > INLINE_BYTES:
             self._complete()
             self._append([header, *buffers], len(header) + buffer_bytes)
@@ -67,6 +67,11 @@ class Outbox:
         if not self._messages:
             self._complete()
         return self._messages[0][0]
+
+    @property
+    def next_bytes(self) -> int:
+        """Return the size in bytes of the message that `next` has returned."""
+        return self._messages[0][1]
 
     def sent(self) -> int:
         """Remove the message that `next` returned; return its size in bytes."""

@@ -48,7 +48,7 @@ class Envelope(msgspec.Struct, frozen=True, kw_only=True):
 _encoder = msgspec.msgpack.Encoder()
 _frame_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyFrame)
 _joined_decoder = msgspec.msgpack.Decoder(list[tuple[bytes, Natural]])
-_SHORT_LIST, _LONG_LISTS = 0x90, (0xDC, 0xDD)
+_LISTS = frozenset(bytes([each]) for each in (*range(0x90, 0xA0), 0xDC, 0xDD))
 """First bytes of a list in msgpack; a frame's header is a map."""
 _NESTING = (dict, list)
 _NESTING_TYPES = frozenset(_NESTING)
@@ -98,10 +98,11 @@ def split_header(header: Buffer) -> list[tuple[bytes, int]]:
     Raises:
         WireError: the header is too large, or an invalid list.
     """
-    view = memoryview(header)
-    if not view.nbytes or (view[0] & 0xF0 != _SHORT_LIST and view[0] not in _LONG_LISTS):
-        return [(bytes(view), -1)]
-    headers: list[tuple[bytes, int]] = _decode(_joined_decoder, view, "header", MAX_HEADER_BYTES)
+    data = header if isinstance(header, bytes) else bytes(header)
+    first = data[:1]
+    if first not in _LISTS:
+        return [(data, -1)]
+    headers: list[tuple[bytes, int]] = _decode(_joined_decoder, data, "header", MAX_HEADER_BYTES)
     if not headers:
         raise WireError("expected at least one frame in a list of frames, got none")
     return headers
@@ -172,8 +173,6 @@ def check_inline(
     Raises:
         WireError: wrong count, index, size or digest.
     """
-    if not (inline or buffers):
-        return
     if len(inline) != len(buffers):
         raise WireError(
             f"expected {len(inline)} buffers with the message, got {len(buffers)}", Code.BAD_BLOB

@@ -2,7 +2,8 @@
 
 A connection that sends faster than it may is slowed down: its messages wait here, undecoded, and
 its link waits for acknowledgments. So no frame of a link is lost; what exceeds the window of a link
-is dropped. Other connections do not wait: a turn takes a few frames of each.
+is dropped. Other connections do not wait: a turn takes a few frames of each. While some send small
+messages, one that sends large ones is held back after each.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from fedmq.broker.wire.schema import (
     Buffer,
     ChunkRequest,
     Hello,
+    NumberedFrame,
+    Post,
 )
 from fedmq.broker.wire.window import RESERVED_BYTES
 
@@ -32,6 +35,12 @@ _LANE_BYTES = 64 * 1024
 """Bytes of one connection after which the next one has its turn."""
 _TURN_BYTES = 512 * 1024
 """A turn ends after one chunk, so that small messages that came before it are answered first."""
+SMALL_MESSAGE_RATE, SMALL_MESSAGE_PERIOD_S = 4, 0.2
+"""Small messages, in seconds, that count as frequent: then their round trips matter more than the
+throughput of large ones."""
+SHARED_BYTES_PER_S = 256e6
+"""Rate of the large messages of one connection while small messages are frequent. A broker stores
+several times as much, and would have little time for the others."""
 _READ_BYTES = 512 * 1024
 """No more is read from the socket in one turn; the rest waits at its senders."""
 _PART_BYTES = 512
@@ -46,9 +55,9 @@ _NESTED = bytes([*range(0x80, 0xA0), *range(0xDC, 0xE0)])
 """First bytes of lists and maps in msgpack."""
 
 
-MOST_DROPPED = 4096
-"""Messages of one connection that are dropped before it is closed: no node of ours sends more than
-its window, and no limit but this one keeps libzmq from reading what nobody handles."""
+MOST_DROPPED, MOST_DROPPED_BYTES = 4096, 64 << 20
+"""Messages of one connection, and their bytes, that are dropped before it is closed: no node of
+ours sends more than its window, and nothing else keeps libzmq from reading what nobody handles."""
 
 
 class Part(Protocol):
@@ -81,12 +90,12 @@ def headers_of(parts: Sequence[Part]) -> list[tuple[bytes, int]]:
         raise WireError("expected a header, got an empty message")
     if len(parts) > MAX_BUFFERS + 1:
         raise WireError(f"expected at most {MAX_BUFFERS} buffers, got more")
-    return split_header(parts[0].buffer)
+    return split_header(parts[0].bytes)
 
 
 def frames_of(
     headers: Sequence[tuple[bytes, int]], parts: Sequence[Part]
-) -> Iterator[tuple[AnyFrame, list[Buffer]]]:
+) -> Iterator[tuple[AnyFrame, Sequence[Buffer]]]:
     """Yield the frames of a message, each with its buffers; decode each when it is its turn.
 
     Raises:
@@ -95,6 +104,9 @@ def frames_of(
     at = 1
     for header, count in headers:
         frame = decode_frame(header)
+        if not count:
+            yield frame, ()
+            continue
         end = at + count if count >= 0 else len(parts)
         yield frame, _buffers(parts[at:end])
         at = end
@@ -114,18 +126,31 @@ class _Lane:
         unread: number of these.
         nbytes: memory of all.
         free_at: time at which all that was taken is paid for, at the connection's rate.
-        blocked: whether it waits for its rate.
-        dropped: number of messages dropped.
+        not_before: time before which no frame is taken: its last one was large.
+        blocked: whether it waits for one of these.
+        dropped, dropped_bytes: number and size of the messages dropped.
+        is_closed: whether too much was dropped; then nothing more is accepted.
     """
 
-    __slots__ = ("blocked", "dropped", "frames", "free_at", "messages", "nbytes", "unread")
+    __slots__ = (
+        "blocked",
+        "dropped",
+        "dropped_bytes",
+        "frames",
+        "free_at",
+        "is_closed",
+        "messages",
+        "nbytes",
+        "not_before",
+        "unread",
+    )
 
     def __init__(self) -> None:
         self.messages: deque[tuple[Sequence[Part], int, Any]] = deque()
-        self.frames: Iterator[tuple[AnyFrame, list[Buffer]]] = iter(())
-        self.nbytes = self.unread = self.dropped = 0
-        self.free_at = 0.0
-        self.blocked = False
+        self.frames: Iterator[tuple[AnyFrame, Sequence[Buffer]]] = iter(())
+        self.nbytes = self.unread = self.dropped = self.dropped_bytes = 0
+        self.free_at = self.not_before = 0.0
+        self.blocked = self.is_closed = False
 
 
 class Inbox:
@@ -139,7 +164,7 @@ class Inbox:
 
     Attributes:
         dropped: number of messages dropped.
-        flooders: connections of which `MOST_DROPPED` messages were dropped; to be closed.
+        flooders: connections of which very much was dropped, see `MOST_DROPPED`; to be closed.
     """
 
     def __init__(
@@ -158,6 +183,8 @@ class Inbox:
         """Lanes with messages that may be handled now; the next one first."""
         self._blocked: list[tuple[float, bytes]] = []
         """A heap of (time, connection): lanes with messages that wait for their rate."""
+        self._small: deque[float] = deque(maxlen=SMALL_MESSAGE_RATE)
+        """Times at which the last small messages were taken."""
         self._bytes = 0
         self._to_read = _READ_BYTES
         self.dropped = 0
@@ -188,13 +215,17 @@ class Inbox:
         lane = self._lanes.get(peer)
         if lane is None:
             lane = self._lanes[peer] = _Lane()
+        if lane.is_closed:
+            self.dropped += 1
+            return
         if lane.nbytes >= self._most or (
             self._bytes >= self._most_total and lane.nbytes >= RESERVED_BYTES
         ):
             self.dropped += 1
             lane.dropped += 1
-            if lane.dropped == MOST_DROPPED:
-                self.flooders.append(peer)
+            lane.dropped_bytes += nbytes
+            if lane.dropped >= MOST_DROPPED or lane.dropped_bytes >= MOST_DROPPED_BYTES:
+                self._close(peer, lane)
             return
         if not lane.messages and not lane.blocked:
             self._ready[peer] = lane
@@ -225,11 +256,16 @@ class Inbox:
                 lane.free_at = now
             end = max(0, room - _LANE_BYTES)
             for _ in range(TURN_FRAMES):
-                if lane.free_at >= latest:
+                if lane.free_at >= latest or lane.not_before > now:
                     self._block(peer, lane)
                     break
                 frame, buffers, nbytes, origin = self._next(lane)
                 room -= nbytes
+                if nbytes and isinstance(frame, NumberedFrame):
+                    if nbytes < _LANE_BYTES:
+                        self._small.append(now)
+                    elif self._is_shared(now):
+                        lane.not_before = now + nbytes / SHARED_BYTES_PER_S
                 yield peer, frame, buffers, nbytes, origin
                 if not lane.messages:
                     del self._ready[peer]
@@ -255,22 +291,18 @@ class Inbox:
                 nbytes = memory - _PART_BYTES * len(parts)
                 cost_s += nbytes * self._byte_s
                 headers = headers_of(parts)
-                if len(parts[0]) > _LARGE_BYTES:
-                    for header, _ in headers:
-                        if len(header) > _LARGE_BYTES:
-                            cost_s += self._body_s(header)
-                if len(headers) == 1:  # a short cut: most messages have one frame
+                for header, _ in headers if len(parts[0]) > _LARGE_BYTES else ():
+                    if len(header) > _LARGE_BYTES:
+                        cost_s += self._body_s(header)
+                lane.unread = len(headers)
+                if lane.unread == 1:  # a short cut: most messages have one frame
                     frame = decode_frame(headers[0][0])
                     buffers = _buffers(parts[1:]) if len(parts) > 1 else ()
-                    lane.unread = 1
                 else:
                     lane.frames = frames_of(headers, parts)
                     frame, buffers = next(lane.frames)
-                    lane.unread = len(headers)
-            if isinstance(frame, ChunkRequest):
-                cost_s += frame.size * self._byte_s
-            elif isinstance(frame, Hello):
-                cost_s += self._costly_s
+            if type(frame) is not Post:  # the most frequent
+                cost_s += self._frame_s(frame)
         except WireError as error:
             frame, buffers = error, ()
             lane.unread = 1
@@ -282,8 +314,14 @@ class Inbox:
             lane.nbytes -= memory
             self._bytes -= memory
             if not lane.messages:
-                lane.dropped = 0
+                lane.dropped = lane.dropped_bytes = 0
         return frame, buffers, nbytes, origin
+
+    def _frame_s(self, frame: AnyFrame) -> float:
+        """Return the cost of a frame beside that of its message."""
+        if isinstance(frame, ChunkRequest):
+            return frame.size * self._byte_s
+        return self._costly_s if isinstance(frame, Hello) else 0.0
 
     def _body_s(self, header: bytes) -> float:
         """Return the cost of a large header beside that of a message.
@@ -298,15 +336,31 @@ class Inbox:
     def _block(self, peer: bytes, lane: _Lane) -> None:
         del self._ready[peer]
         lane.blocked = True
-        heapq.heappush(self._blocked, (lane.free_at - BURST_S, peer))
+        heapq.heappush(self._blocked, (max(lane.free_at - BURST_S, lane.not_before), peer))
+
+    def _is_shared(self, now: float) -> bool:
+        """Return whether small messages are frequent."""
+        small = self._small
+        return len(small) == SMALL_MESSAGE_RATE and now - small[0] < SMALL_MESSAGE_PERIOD_S
+
+    def _close(self, peer: bytes, lane: _Lane) -> None:
+        """Drop all messages of a connection, which is to be closed."""
+        self.flooders.append(peer)
+        lane.is_closed = True
+        self._bytes -= lane.nbytes
+        lane.messages.clear()
+        lane.nbytes = lane.unread = 0
+        self._ready.pop(peer, None)
 
     def _unblock(self, peer: bytes) -> None:
         lane = self._lanes[peer]
         lane.blocked = False
-        self._ready[peer] = lane
+        if lane.messages:
+            self._ready[peer] = lane
 
     def sweep(self, now: float) -> None:
         """Drop the records of connections that have sent nothing lately."""
         for peer, lane in list(self._lanes.items()):
-            if not lane.messages and lane.free_at <= now and not lane.blocked:
+            is_idle = not lane.messages and not lane.blocked
+            if is_idle and lane.free_at <= now and lane.not_before <= now:
                 del self._lanes[peer]

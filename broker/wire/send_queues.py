@@ -2,7 +2,8 @@
 
 ZeroMQ bounds its own queue for a connection by the number of messages, whatever their size. So some
 messages are handed to it with a tracker, which says when ZeroMQ has given them, and all before
-them, to the kernel. Bytes count from `SendQueues.add` until then.
+them, to the kernel. Bytes count from `SendQueues.add` until then; those that follow the last
+tracker do not count, and are bounded by where the next tracker must be.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from fedmq.broker.wire.schema import Buffer
 from fedmq.broker.wire.window import RESERVED_BYTES
 
 MARK_BYTES = 64 * 1024
-"""Bytes after which a message is tracked: tracking takes as long as sending ten small messages."""
+"""Bytes of one connection without a tracker that are never too many: tracking a message takes as
+long as sending ten small ones, and wakes a thread of pyzmq."""
+MOST_UNMARKED_BYTES = 1 << 20
+"""Most bytes of one connection without a tracker, while those of all connections are few."""
 SWEEP_S = 10.0
 """Time, in seconds, after which the record of a connection without traffic may be dropped."""
 CHUNKS_WAITING = 64
@@ -40,21 +44,17 @@ class SendQueue(Outbox):
     Attributes:
         counted: bytes that `SendQueues` has counted for it.
         marked: bytes in ZeroMQ's queue, up to the last message with a tracker.
-        unmarked: bytes handed to ZeroMQ since then, less than `MARK_BYTES`.
+        unmarked: bytes handed to ZeroMQ since then.
+        counted_unmarked: the part of these that `SendQueues` has counted.
         idle: whether nothing was added since the last sweep.
         marks_next: whether the next message must have a tracker, whatever its size.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counted = self.marked = self.unmarked = 0
+        self.counted = self.marked = self.unmarked = self.counted_unmarked = 0
         self.idle = self.marks_next = False
         self._marks: deque[tuple[Tracker, int]] = deque()
-
-    def needs_mark(self, parts: Sequence[Buffer]) -> bool:
-        """Return whether the next message, of these parts, must have a tracker."""
-        nbytes = sum(memoryview(each).nbytes for each in parts)
-        return self.marks_next or self.unmarked + nbytes >= MARK_BYTES
 
     def handed_over(self, tracker: Tracker | None) -> int:
         """Remove the message that `next` returned: ZeroMQ has it; return its size in bytes."""
@@ -90,7 +90,8 @@ class SendQueues:
         self._queues: dict[bytes, SendQueue] = {}
         self._filled: dict[bytes, SendQueue] = {}
         """Those with frames that ZeroMQ does not have yet."""
-        self._total = 0
+        self._total = self._unmarked = 0
+        self._mark_bytes = max(MARK_BYTES, min(MOST_UNMARKED_BYTES, most // 32))
         self._released = False
         """Whether all queues were released since the last `begin`."""
         self.dropped = 0
@@ -112,6 +113,14 @@ class SendQueues:
         self._filled[peer] = queue
         self.count(queue)
 
+    def needs_mark(self, queue: SendQueue) -> bool:
+        """Return whether the message that ``queue.next`` has returned must have a tracker."""
+        unmarked = queue.unmarked + queue.next_bytes
+        if unmarked < MARK_BYTES:
+            return queue.marks_next
+        are_many = self._unmarked >= self._most_total // 16
+        return are_many or unmarked >= self._mark_bytes or queue.marks_next
+
     def has_room(self, peer: bytes) -> bool:
         """Return whether a chunk can be sent; half of the bytes are left to other frames."""
         queue = self._queues.get(peer)
@@ -131,6 +140,7 @@ class SendQueues:
         queue = self._queues.pop(peer, None)
         if queue is not None:
             self._total -= queue.counted
+            self._unmarked -= queue.counted_unmarked
             self._filled.pop(peer, None)
 
     def count(self, queue: SendQueue) -> None:
@@ -138,6 +148,9 @@ class SendQueues:
         nbytes = queue.nbytes + queue.marked
         self._total += nbytes - queue.counted
         queue.counted = nbytes
+        if queue.unmarked != queue.counted_unmarked:
+            self._unmarked += queue.unmarked - queue.counted_unmarked
+            queue.counted_unmarked = queue.unmarked
 
     def sweep(self) -> list[bytes]:
         """Drop the records of idle connections; return those whose state is unknown.
@@ -151,6 +164,7 @@ class SendQueues:
             if queue.counted or not queue.idle:
                 queue.idle = True
             elif queue.unmarked < _NEGLIGIBLE_BYTES:
+                self._unmarked -= queue.counted_unmarked
                 del self._queues[peer]
             else:
                 queue.marks_next = True

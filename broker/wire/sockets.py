@@ -64,7 +64,7 @@ def receive_parts(socket: zmq.Socket[bytes]) -> tuple[list[zmq.Frame], int]:
     return parts, nbytes
 
 
-def receive(socket: zmq.Socket[bytes]) -> list[tuple[AnyFrame, list[Buffer]]]:
+def receive(socket: zmq.Socket[bytes]) -> list[tuple[AnyFrame, Sequence[Buffer]]]:
     """Read the frames of a message, each with its buffers.
 
     Raises:

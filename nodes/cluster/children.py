@@ -21,10 +21,10 @@ import msgspec
 import structlog
 
 from fedmq.algorithms.allowed import Allowed
-from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import BrokerFailed
 from fedmq.broker.file_modes import open_private
 from fedmq.broker.process import tune_process
+from fedmq.broker.settings import Continuation
 from fedmq.nodes.cluster.listening import Listening
 from fedmq.nodes.errors import ON_PURPOSE, RunFailed
 from fedmq.nodes.process import logs, streams

@@ -16,7 +16,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from fedmq.broker.core.state import Continuation
+from fedmq.broker.settings import Continuation
 from fedmq.nodes.cluster.view import closing_table
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.history.run import RunHistory

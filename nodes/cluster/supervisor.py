@@ -19,8 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fedmq.broker.core.state import Continuation
 from fedmq.broker.ledger.reader import LedgerTail
+from fedmq.broker.settings import Continuation
 from fedmq.broker.wire.addresses import EVALUATOR, WORKER
 from fedmq.nodes.cluster.children import (
     BEYOND_HELP,

@@ -3,12 +3,11 @@
 import pytest
 
 from fedmq.broker.core.events import Append, TimerFired
-from fedmq.broker.core.state import Continuation
 from fedmq.broker.ledger.entries import Accepted, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.recovery import open_broker
-from fedmq.broker.settings import BrokerSettings
+from fedmq.broker.settings import BrokerSettings, Continuation
 from fedmq.broker.wire.addresses import TIMER
 from fedmq.broker.wire.clock import Clock
 from fedmq.broker.wire.encoding import encode_message

@@ -2,12 +2,12 @@
 
 import pytest
 
-from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import LedgerError
 from fedmq.broker.ledger.entries import PAYLOAD, Ended, segment_numbers, segment_path
 from fedmq.broker.ledger.manifest import Manifest
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link import events as node
+from fedmq.broker.settings import Continuation
 from fedmq.broker.wire.schema import Message, RunEnded
 from tests.broker.net import network, notes
 

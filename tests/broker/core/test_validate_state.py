@@ -193,7 +193,7 @@ def acknowledgment_without_a_time(room):
 
 
 def miscounted_ids(room):
-    room.core._mailboxes.leader_window._size += 1
+    room.core._mailboxes.leader_window.size += 1
 
 
 def unfinished_after_the_end(room):

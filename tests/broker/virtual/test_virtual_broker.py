@@ -5,14 +5,13 @@ import random
 import pytest
 from msgspec.structs import replace
 
-from fedmq.broker.core.state import Continuation
 from fedmq.broker.errors import NoSpace
 from fedmq.broker.ledger import blob_store
 from fedmq.broker.ledger.entries import Accepted, Opened
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.recovery import open_broker
-from fedmq.broker.settings import BrokerSettings, LedgerSettings
+from fedmq.broker.settings import BrokerSettings, Continuation, LedgerSettings
 from fedmq.broker.virtual.broker import VirtualBroker
 from fedmq.broker.virtual.disk import DiskFault, VirtualDisk
 from fedmq.broker.virtual.machine import Machine

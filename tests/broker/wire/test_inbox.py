@@ -4,12 +4,21 @@ import pytest
 
 from fedmq.broker.errors import WireError
 from fedmq.broker.wire.encoding import encode_frame, join_headers
-from fedmq.broker.wire.inbox import TURN_FRAMES, Inbox
-from fedmq.broker.wire.schema import Heartbeat, Hello
+from fedmq.broker.wire.inbox import (
+    MOST_DROPPED,
+    MOST_DROPPED_BYTES,
+    SHARED_BYTES_PER_S,
+    SMALL_MESSAGE_PERIOD_S,
+    SMALL_MESSAGE_RATE,
+    TURN_FRAMES,
+    Inbox,
+)
+from fedmq.broker.wire.schema import Heartbeat, Hello, Post
 from fedmq.broker.wire.window import RESERVED_BYTES
 
 A, B = b"a", b"b"
 BEAT = encode_frame(Heartbeat())
+POST = encode_frame(Post(message=b"of no matter here"))
 HELLO = encode_frame(Hello(node="n", role="worker", session="s"))
 
 
@@ -138,3 +147,43 @@ def test_records_of_silent_connections_are_dropped(inbox):
     assert inbox._lanes
     inbox.sweep(10.1)
     assert not inbox._lanes
+
+
+def test_a_large_post_is_followed_by_a_pause_while_others_send_small_ones():
+    inbox = Inbox(1e6, 4e9, 100.0, most=1 << 24, most_total=1 << 26)
+    put(inbox, A, POST, bytes(256_000), count=3)
+    assert len(list(inbox.take(10.0))) == 1
+    assert len(list(inbox.take(10.0))) == 1  # it is alone
+    put(inbox, B, POST, count=SMALL_MESSAGE_RATE)
+    assert [peer for peer, *_ in inbox.take(10.0)] == [A] + [B] * SMALL_MESSAGE_RATE
+    put(inbox, A, POST, bytes(256_000), count=3)
+    assert take(inbox, 10.0) == [A]
+    assert inbox.due == pytest.approx(10.0 + 256_000 / SHARED_BYTES_PER_S)
+    put(inbox, B, POST)
+    assert take(inbox, 10.0) == [B]
+    assert take(inbox, 10.0011) == [A]
+    assert take(inbox, 10.0 + SMALL_MESSAGE_PERIOD_S + 0.1) == [A]  # no small messages any more
+
+
+def test_a_connection_that_floods_is_closed_and_its_messages_are_dropped():
+    inbox = Inbox(1e6, 4e9, 100.0, most=1 << 24, most_total=1 << 26)
+    data = Part(bytes(1 << 20))
+    for _ in range(200):
+        inbox.put(A, [Part(POST), data], len(POST) + len(data), "origin")
+    assert inbox.flooders == [A]
+    assert inbox._bytes == 0
+    assert inbox.due is None
+    assert inbox.dropped > MOST_DROPPED_BYTES >> 20  # what came after it was closed, too
+    inbox.sweep(1.0)
+    put(inbox, A)  # another peer may have its routing id now
+    assert take(inbox, 2.0) == [A]
+
+
+def test_a_connection_that_is_closed_while_it_waits_is_not_read_again(inbox):
+    put(inbox, A, count=200)
+    take(inbox, 10.0)
+    put(inbox, A, BEAT, bytes(1000), count=MOST_DROPPED + 1000)
+    assert inbox.flooders == [A]
+    put(inbox, B)
+    assert take(inbox, 100.0) == [B]
+    assert inbox.due is None

@@ -15,7 +15,8 @@ def hand_over(queues):
     trackers = []
     for peer, queue in queues.begin():
         while queue:
-            tracker = Tracker() if queue.needs_mark(queue.next()) else None
+            queue.next()
+            tracker = Tracker() if queues.needs_mark(queue) else None
             queue.handed_over(tracker)
             trackers += [tracker] if tracker else []
         queues.count(queue)
@@ -46,6 +47,20 @@ def test_a_connection_that_reads_has_room_again():
     for each in trackers:
         each.done = True
     assert queues.has_room(A)
+
+
+def test_models_are_tracked_one_by_one_only_once_many_bytes_have_no_tracker():
+    queues = SendQueues(32 * MIB, 256 * MIB)
+    for peer in range(40):  # 20 MiB in all
+        for _ in range(4):
+            queues.add(b"%d" % peer, b"model", [bytes(MIB // 8)])
+    trackers = hand_over(queues)
+    uncounted = sum(each.unmarked for each in queues._queues.values())
+    assert uncounted == queues._unmarked <= 17 * MIB
+    assert 1 <= len(trackers) <= 40
+    for peer in range(40):
+        queues.discard(b"%d" % peer)
+    assert queues._unmarked == queues._total == 0
 
 
 def test_small_frames_count_once_there_are_many():
