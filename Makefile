@@ -65,7 +65,7 @@ typecheck: install-dev  ## run mypy, strict
 	@$(BIN)/mypy -p fedmq
 
 bench: install-dev  ## measure the figures that the docs quote
-	@for file in benchmarks/rounds.py benchmarks/broker.py benchmarks/many_nodes.py benchmarks/replay.py benchmarks/codecs.py; do echo "== $$file"; $(BIN)/python -P $$file $(ARGS) || exit 1; done
+	@for file in benchmarks/rounds.py benchmarks/broker.py benchmarks/many_nodes.py benchmarks/replay.py benchmarks/codecs.py benchmarks/simulate.py; do echo "== $$file"; $(BIN)/python -P $$file $(ARGS) || exit 1; done
 
 reproduce: install  ## compare the papers' figures with ours, on MNIST under FEDMQ_DATA (ARGS='--only NAME')
 	@$(BIN)/python -P benchmarks/reproduce.py $(ARGS)
