@@ -7,7 +7,7 @@ process, without the start of Python.
 
 *study*: one million stand-in clients (``learner = "curve"``), 10,000 tasks in flight, 100,000
 results, under FedBuff and under synchronous rounds: the whole command, with its start and summary.
-Its memory is also measured with a thousandth of the clients: the difference is the clients' own.
+The memory of a client is the difference between two short studies, of all clients and of 10,000.
 
     python benchmarks/simulate.py [--json FILE] [--only training,study] [--clients 10000]
                                   [--population 1000000] [--results 100000]
@@ -141,7 +141,6 @@ def study(schedule: Mapping[str, Any], population: int, results: int) -> dict[st
         f"run.versions={versions}",
         "run.evaluate_every=100" if schedule["name"] != "rounds" else "run.evaluate_every=1",
         *(f"schedule.{key}={value}" for key, value in given.items()),
-        "problem.partition=bootstrap(100)",
         "simulation.learner=curve",
         "simulation.compute=lognormal(60, 1)",
         "simulation.latency=0.05",
@@ -234,10 +233,13 @@ def main() -> int:
         for schedule in (FEDBUFF, ROUNDS):
             name = "FedBuff" if schedule is FEDBUFF else "rounds"
             whole = study_in_process(schedule, options.population, options.results)
-            few = max(IN_FLIGHT, options.population // 1000)
-            small = study_in_process(schedule, few, options.results)
-            more = whole["rss_bytes"] - small["rss_bytes"]
-            per_client = more / max(1, options.population - few)
+            few = min(IN_FLIGHT, options.population)
+            short = max(1, options.results // 100)
+            many, small = (
+                study_in_process(schedule, each, short)["rss_bytes"]
+                for each in (options.population, few)
+            )
+            per_client = (many - small) / max(1, options.population - few)
             rate, megabytes = whole["entries"] / whole["wall_s"], whole["rss_bytes"] / 1e6
             missed |= whole["wall_s"] > MOST_WALL_S or megabytes > MOST_MEMORY_MB
             table.add_row(
