@@ -84,6 +84,9 @@ class PopulationNode(VirtualNode):
         self._waiting: dict[int | None, deque[Delivery]] = {}
         """By client with a task in progress: deliveries that wait for the end of that task."""
         self._blobs = _SharedBlobs()
+        self._posts: deque[tuple[Message, Sequence[Buffer], tuple[int, ...]]] = deque()
+        """Results to post, while a task waits until the link has room."""
+        self._posting = False
         self._reports = itertools.count(1)
         self._admitted = False
 
@@ -133,6 +136,21 @@ class PopulationNode(VirtualNode):
     def sleep_until(self, at: float) -> None:
         """Let the current task wait until a virtual time."""
         self.port.tasks.sleep_until(self._began + at)
+
+    def post(self, message: Message, data: Sequence[Buffer], consumes: tuple[int, ...]) -> None:
+        """Post a result, or leave it to the task that waits until the link has room.
+
+        If thousands of tasks waited, each frame that arrives would wake all of them.
+        """
+        self._posts.append((message, data, consumes))
+        if self._posting:
+            return
+        self._posting = True
+        try:
+            while self._posts:
+                self.link.post(*self._posts.popleft())
+        finally:
+            self._posting = False
 
     def _accept(self, delivery: Delivery) -> None:
         """Begin a task, or let it wait for the one before of the same client."""
@@ -197,7 +215,7 @@ class _ClientPort:
         node, client = self._node, self._client
         if client is not None:
             node.sleep_until(node.done_at(client, node.upload_s(client, message)))
-        node.link.post(message, data, consumes)
+        node.post(message, data, consumes)
 
     def done(
         self,

@@ -8,7 +8,9 @@ import pytest
 
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.link import node_link
 from fedmq.broker.rejections import Code
+from fedmq.broker.virtual.side_tasks import SideTasks
 from fedmq.nodes.errors import NodeError, RunFailed
 from fedmq.nodes.population.table import FaultsTable
 from fedmq.nodes.run.config import build
@@ -267,3 +269,16 @@ def test_a_run_that_fails_raises_why(simulate):
     run, _ = simulate(setup_of(ROUNDS, failures=12), Devices(dropping=frozenset(range(6))))
     with pytest.raises(RunFailed):
         run.run_to_end()
+
+
+def test_results_of_one_moment_wake_few_tasks_while_the_link_has_no_room(simulate, monkeypatch):
+    """Each frame woke every task that waited to post: 10,000 results at once took minutes."""
+    monkeypatch.setattr(node_link, "_MAX_UNACKNOWLEDGED", 8)
+    waits = []
+    wait = SideTasks.wait
+    monkeypatch.setattr(SideTasks, "wait", lambda tasks: waits.append(1) or wait(tasks))
+    clients = 200
+    setup = setup_of(ROUNDS, clients=clients, versions=2)
+    run = simulate(setup, Devices(), checked=False)
+    assert run.run_to_end() == "2 versions committed"
+    assert 0 < len(waits) < 2 * clients
