@@ -279,6 +279,6 @@ def test_results_of_one_moment_wake_few_tasks_while_the_link_has_no_room(simulat
     monkeypatch.setattr(SideTasks, "wait", lambda tasks: waits.append(1) or wait(tasks))
     clients = 200
     setup = setup_of(ROUNDS, clients=clients, versions=2)
-    run = simulate(setup, Devices(), checked=False)
+    run, _ = simulate(setup, Devices(), checked=False)
     assert run.run_to_end() == "2 versions committed"
     assert 0 < len(waits) < 2 * clients
