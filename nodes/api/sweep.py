@@ -22,7 +22,7 @@ from fedmq.nodes.api.sweep_results import FAILED, IN_USE, INTERRUPTED, INVALID, 
 from fedmq.nodes.api.sweep_table import FINISHED, to_csv
 from fedmq.nodes.cluster.continuing import RUNS, draw_id
 from fedmq.nodes.errors import ConfigError, FolderInUse, NodeError, RunFailed
-from fedmq.nodes.process.terminal import plain
+from fedmq.nodes.process.terminal import plain, plural
 from fedmq.nodes.run_folder.folder import held
 
 How = Literal["run", "simulate"]
@@ -131,7 +131,7 @@ class Sweeper:
         with held(self.sweep.folder):
             record = SweepRecord(self.sweep.folder, self._how, self._cells)
             self._others = self._recorded(record)
-            self._show(f"{len(self._cells)} runs in {self.sweep.folder}")
+            self._show(f"{plural(len(self._cells), 'run')} in {self.sweep.folder}")
             self._work(record)
 
     def _work(self, record: SweepRecord) -> None:
