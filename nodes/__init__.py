@@ -7,6 +7,7 @@ __all__ = [
     "Chances",
     "Config",
     "ConfigError",
+    "FolderInUse",
     "MessageError",
     "NodeError",
     "OwnCodeError",
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fedmq.nodes.aggregator.core import Aggregator
     from fedmq.nodes.errors import (
         ConfigError,
+        FolderInUse,
         MessageError,
         NodeError,
         OwnCodeError,
@@ -45,8 +47,8 @@ else:
         __name__,
         {
             "fedmq.nodes.aggregator.core": "Aggregator",
-            "fedmq.nodes.errors": "ConfigError MessageError NodeError OwnCodeError RunFailed "
-            "StorageError",
+            "fedmq.nodes.errors": "ConfigError FolderInUse MessageError NodeError OwnCodeError "
+            "RunFailed StorageError",
             "fedmq.nodes.replay.fold": "Replay",
             "fedmq.nodes.run.config": "Config build load parse",
             "fedmq.nodes.run.setup": "Setup set_up",

@@ -4,6 +4,7 @@
 
     NodeError (Exception)
     +-- ConfigError    invalid configuration; the message names the key
+    |   +-- FolderInUse    another process uses the folder
     +-- StorageError   a file cannot be written now; a retry may succeed
     +-- MessageError   a message from another node cannot be used; has a code
     +-- OwnCodeError   code of a user's problem or algorithm raised an error
@@ -28,6 +29,10 @@ class NodeError(Exception):
 
 class ConfigError(NodeError):
     """The configuration is invalid; the message names the key and the expected value."""
+
+
+class FolderInUse(ConfigError):
+    """Another process uses the folder of a run or a sweep."""
 
 
 class StorageError(NodeError):

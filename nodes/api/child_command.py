@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedmq.nodes.errors import NodeError
+from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.process.parent import PARENT_VARIABLE
 from fedmq.nodes.process.signals import ENOUGH
 
@@ -43,6 +43,7 @@ class ChildCommand:
         on_line: gets each line of its output.
 
     Raises:
+        ConfigError: an argument has a character that no command line can have.
         NodeError: the command cannot be started.
     """
 
@@ -63,6 +64,8 @@ class ChildCommand:
                 stderr=subprocess.STDOUT,
                 process_group=0,  # a Ctrl-C reaches it only through `interrupt`
             )
+        except ValueError as error:
+            raise ConfigError(f"cannot start fedmq {' '.join(arguments)!r}: {error}") from None
         except OSError as error:
             raise NodeError(f"cannot start {sys.executable}: {error.strerror}") from None
         stdin = self._process.stdin

@@ -75,7 +75,7 @@ def _tables(config: GivenConfig) -> dict[str, Any]:
         case Mapping():
             return _nested(config)
         case str() | os.PathLike():
-            file = Path(config)
+            file = usable_path(config, "a configuration file")
             recorded = is_record(file)
             tables = read_tables(file, recorded=recorded)
             if recorded and isinstance(tables.get("run"), dict):
@@ -84,6 +84,25 @@ def _tables(config: GivenConfig) -> dict[str, Any]:
     raise ConfigError(
         f"expected a configuration as a dict, the path of a TOML file or a Config, got {config!r}"
     )
+
+
+def usable_path(given: str | os.PathLike[str], what: str) -> Path:
+    """Return a path that a caller gave.
+
+    Args:
+        given: the path.
+        what: what it should be, for the message.
+
+    Raises:
+        ConfigError: the operating system has no such path.
+    """
+    try:
+        encoded = os.fsencode(given)
+    except (TypeError, ValueError):
+        encoded = b""
+    if not encoded or b"\0" in encoded:
+        raise ConfigError(f"expected the path of {what}, got {given!r:.200}")
+    return Path(os.fsdecode(encoded))
 
 
 def _check_allowed(config: Config) -> None:

@@ -13,6 +13,7 @@ from fedmq.broker.errors import LedgerDamage, check_advice
 from fedmq.broker.ledger.entries import ledger_folder
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.nodes.api.array_table import ArrayTable
+from fedmq.nodes.api.given import usable_path
 from fedmq.nodes.api.run_trace import RunTrace
 from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.history.facts import client_of
@@ -233,7 +234,7 @@ def load(folder: str | Path, run_id: str = "") -> Run:
     Raises:
         ConfigError: the folder has neither a ledger nor a summary.
     """
-    return Run(Path(folder), run_id)
+    return Run(usable_path(folder, "the folder of a run"), run_id)
 
 
 def _is_finite(value: float | None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TextIO
 
 from fedmq.broker.errors import BrokerError
 from fedmq.nodes.api.child_command import ChildCommand
-from fedmq.nodes.api.given import Given, GivenConfig
+from fedmq.nodes.api.given import Given, GivenConfig, usable_path
 from fedmq.nodes.api.run import Run
 from fedmq.nodes.cluster.continuing import RUNS, draw_id
 from fedmq.nodes.errors import ConfigError, NodeError, RunFailed
@@ -112,7 +112,7 @@ def execute(
     if folder is None:
         name = given.checked.run.id or draw_id()
         given, folder = Given.of(given.tables, {"run.id": name}), RUNS / name
-    path = Path(folder)
+    path = usable_path(folder, "a folder for the run")
     child = ChildCommand([command, "-", "--run", str(path), *options], given.to_toml(), on_line)
     started(child)
     code = child.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -12,16 +13,16 @@ from typing import Any, Literal
 
 from fedmq.broker.errors import BrokerError
 from fedmq.nodes.api.child_command import ChildCommand
-from fedmq.nodes.api.given import Given, GivenConfig
+from fedmq.nodes.api.given import Given, GivenConfig, usable_path
 from fedmq.nodes.api.run import Run
 from fedmq.nodes.api.running import Command, execute, printer
 from fedmq.nodes.api.sweep_grid import GridCell, grid
 from fedmq.nodes.api.sweep_record import CSV_FILE, SweepRecord
-from fedmq.nodes.api.sweep_results import FAILED, INTERRUPTED, INVALID, Sweep, SweepRun
-from fedmq.nodes.api.sweep_table import FINISHED
+from fedmq.nodes.api.sweep_results import FAILED, IN_USE, INTERRUPTED, INVALID, Sweep, SweepRun
+from fedmq.nodes.api.sweep_table import FINISHED, to_csv
 from fedmq.nodes.cluster.continuing import RUNS, draw_id
-from fedmq.nodes.errors import ConfigError, NodeError, RunFailed
-from fedmq.nodes.process.terminal import plain
+from fedmq.nodes.errors import ConfigError, FolderInUse, NodeError, RunFailed
+from fedmq.nodes.process.terminal import plain, plural
 from fedmq.nodes.run_folder.folder import held
 
 How = Literal["run", "simulate"]
@@ -62,7 +63,8 @@ def sweep(
             error is a terminal.
 
     Raises:
-        ConfigError: a configuration is invalid, or the folder has a run of another configuration.
+        ConfigError: a configuration is invalid; or the folder has a run of another configuration,
+            or is in use by another sweep.
         KeyboardInterrupt: it was interrupted, and all runs have ended.
     """
     options = {"workers": workers, "processes": processes, "on": on}
@@ -84,7 +86,7 @@ class Sweeper:
         sweep: the runs.
 
     Raises:
-        ConfigError: see `sweep`.
+        ConfigError: a configuration or an option is invalid.
     """
 
     def __init__(
@@ -110,8 +112,9 @@ class Sweeper:
         self._jobs, self._show = jobs, show
         self._options = [text for name in given for text in (f"--{name}", str(given[name]))]
         self._cells = grid(Given.of(base), over)
-        path = Path(folder or RUNS / f"sweep-{draw_id()}").absolute()
-        self._record = SweepRecord(path, how, self._cells)
+        folder = RUNS / f"sweep-{draw_id()}" if folder is None else folder
+        path = usable_path(folder, "a folder for the sweep").absolute()
+        self._others: dict[str, SweepRun] = {}
         self.sweep = Sweep(path, self._cells)
         self._done = 0
         self._stopping = threading.Event()
@@ -119,15 +122,23 @@ class Sweeper:
         self._children: list[ChildCommand] = []
 
     def work(self) -> None:
-        """Make all runs that are not there yet.
+        """Make all runs that are not there yet, while no other sweep uses the folder.
 
         Raises:
+            ConfigError: the folder has a run of another configuration, or is in use.
             KeyboardInterrupt: it was interrupted, and all runs have ended.
         """
+        with held(self.sweep.folder):
+            record = SweepRecord(self.sweep.folder, self._how, self._cells)
+            self._others = self._recorded(record)
+            self._show(f"{plural(len(self._cells), 'run')} in {self.sweep.folder}")
+            self._work(record)
+
+    def _work(self, record: SweepRecord) -> None:
         interrupt: KeyboardInterrupt | None = None
         with ThreadPoolExecutor(self._jobs) as pool:
             waiting: set[Future[None]] = {
-                pool.submit(self._make, cell, run)
+                pool.submit(self._make, cell, run, record)
                 for cell, run in zip(self._cells, self.sweep.runs, strict=True)
             }
             while waiting:
@@ -148,14 +159,34 @@ class Sweeper:
         for child in list(self._children):
             child.interrupt()
 
-    def _make(self, cell: GridCell, made: SweepRun) -> None:
+    def _recorded(self, record: SweepRecord) -> dict[str, SweepRun]:
+        """Return the runs in the folder that earlier sweeps have made and this one does not."""
+        here = {cell.name for cell in self._cells}
+        found = {}
+        for name, settings in record.settings.items():
+            if name in here:
+                continue
+            found[name] = made = SweepRun(name, settings, self.sweep.folder / name)
+            with contextlib.suppress(NodeError, BrokerError):  # it has not begun, or is damaged
+                made.run = Run(made.folder)
+                made.status = made.run.status
+        return found
+
+    def _csv(self, record: SweepRecord) -> str:
+        """Return the table of all runs in the folder."""
+        runs = self._others | {each.name: each for each in self.sweep}
+        return to_csv([runs[name].row() for name in record.settings])
+
+    def _make(self, cell: GridCell, made: SweepRun, record: SweepRecord) -> None:
         """Make one run, if it is not there yet."""
         if self._stopping.is_set():
             return
         try:
-            made.run = self._finished(cell, made.folder) or self._execute(cell, made.folder)
+            made.run = self._finished(made.folder, extend=cell.name in record.extended)
+            made.run = made.run or self._execute(cell, made.folder)
             made.status = made.run.status
-            self._record.reached(cell)
+        except FolderInUse as error:
+            made.status, made.reason = IN_USE, str(error)
         except ConfigError as error:
             made.status, made.reason = INVALID, str(error)
         except RunFailed as error:
@@ -165,7 +196,9 @@ class Sweeper:
             made.status, made.reason = FAILED, str(error)
         with self._lock:
             self._done += 1
-            self._record.write(CSV_FILE, self.sweep.to_csv())
+            if made.status == FINISHED:
+                record.reached(cell)
+            record.write(CSV_FILE, self._csv(record))
             self._show(self._line(made))
 
     def _line(self, made: SweepRun) -> str:
@@ -174,23 +207,27 @@ class Sweeper:
         facts += [] if accuracy is None else [f"accuracy {accuracy:.2%}"]
         return "  ".join([*facts, *([plain(made.reason)] if made.reason else [])])
 
-    def _finished(self, cell: GridCell, folder: Path) -> Run | None:
+    def _finished(self, folder: Path, *, extend: bool) -> Run | None:
         """Return the run that is there, if nothing is left to do; make room for one to start over.
 
+        Args:
+            folder: of the run.
+            extend: resume the run even if it has finished.
+
         Raises:
-            ConfigError: another process uses the folder.
+            FolderInUse: another process uses the folder.
         """
-        if cell.name in self._record.extended:
-            return None
-        try:
-            run = Run(folder)
-            if run.status == FINISHED:
-                return run
-        except ConfigError:
-            pass  # it had not begun
-        if self._how == "simulate" and folder.exists():
+        if not extend:
+            try:
+                run = Run(folder)
+                if run.status == FINISHED:
+                    return run
+            except ConfigError:
+                pass  # it had not begun
+        if folder.exists():
             with held(folder):
-                shutil.rmtree(folder)
+                if self._how == "simulate":
+                    shutil.rmtree(folder)
         return None
 
     def _execute(self, cell: GridCell, folder: Path) -> Run:

@@ -15,8 +15,11 @@ from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.toml import NONE, setting_value
 
 SEED = "run.seed"
+_ID = "run.id"
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]+")
+_EXACT = 2.0**53
+"""Below it, each whole number is exact as a float."""
 _LONGEST_NAME = 150
 """Characters of a cell's name, at most: a file name has 255 bytes at most."""
 
@@ -44,17 +47,27 @@ def grid(base: Given, over: Mapping[str, Iterable[Any]]) -> list[GridCell]:
             whole table.
 
     Raises:
-        ConfigError: a value is invalid or given twice, or there is no key or value.
+        ConfigError: a value is invalid; two cells have the same configuration; a key cannot be
+            swept, or has no effect because a later one replaces its table; or there is no key or
+            value.
     """
+    _check_keys(list(over))
     values = {key: _values(key, each) for key, each in over.items()}
     if not values:
         raise ConfigError("expected at least one key with its values, such as algorithm.lr=0.1,0.2")
     short = short_names(values)
-    cells = []
+    cells: list[GridCell] = []
+    names: dict[str, str] = {}
     for chosen in itertools.product(*values.values()):
         settings = dict(zip(values, chosen, strict=True))
-        given = Given.of(base.tables, {"run.id": "", **settings})
-        cells.append(GridCell(_name(settings, short), settings, given))
+        given = Given.of(base.tables, {**settings, _ID: ""})
+        name = _name(settings, short)
+        # Two values may be one to fedmq: a default, for example, and the same value in full.
+        content = json.dumps(_whole(given.checked.model_dump()), default=str, sort_keys=True)
+        other = names.setdefault(content, name)
+        if other != name:
+            raise ConfigError(f"{other} and {name} have the same configuration; leave out one")
+        cells.append(GridCell(name, settings, given))
     return cells
 
 
@@ -62,7 +75,7 @@ def parse_over(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Read values such as ``algorithm.lr=0.1,0.01``: TOML values or plain text.
 
     Commas within brackets, parentheses and quotes belong to the value:
-    ``codec.up=raw,topk(0.1, 2)`` has two values.
+    ``codec.up=raw,quantize(4, 256)`` has two values.
 
     Raises:
         ConfigError: a text has another form, or a key comes twice.
@@ -98,7 +111,7 @@ def value_text(value: Any) -> str:
         case Mapping():
             return ", ".join(f"{key}={value_text(each)}" for key, each in value.items())
         case _:
-            return json.dumps(value, default=str)
+            return json.dumps(_whole(value), default=str)
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -113,6 +126,34 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
             (end for end in ends if not any(other.endswith(f".{end}") for other in others)), key
         )
     return short
+
+
+def _whole(value: Any) -> Any:
+    """Return a value with whole numbers as int: 1.0 and 1 are one value, and so one cell."""
+    match value:
+        case float() if value.is_integer() and abs(value) < _EXACT:
+            return int(value)
+        case Mapping():
+            return {key: _whole(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_whole(each) for each in value]
+    return value
+
+
+def _check_keys(keys: Sequence[str]) -> None:
+    """Raise ConfigError if a key cannot be swept, or a later one replaces its values."""
+    if _ID in keys or "run" in keys:
+        wrong = _ID if _ID in keys else "run"
+        raise ConfigError(
+            f"{wrong}: cannot be swept, each run of a sweep gets an id of its own; sweep single "
+            f"keys of the table, such as {SEED}"
+        )
+    for number, key in enumerate(keys):
+        for later in keys[number + 1 :]:
+            if key.startswith(f"{later}."):
+                raise ConfigError(
+                    f"{key}: the tables of {later} replace its values; put {later} before it"
+                )
 
 
 def _values(key: str, values: Iterable[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The folder of a sweep: which configuration each of its runs has."""
+"""The folder of a sweep: which values and which configuration each of its runs has."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class SweepRecord:
         cells: of the sweep.
 
     Attributes:
+        settings: values by key of each run in the folder, by its name.
         extended: names of runs that were there with another goal, which resuming them changes.
 
     Raises:
@@ -37,6 +38,7 @@ class SweepRecord:
 
     def __init__(self, folder: Path, how: str, cells: Sequence[GridCell]) -> None:
         self._folder, self._how = folder, how
+        self.settings: dict[str, dict[str, Any]] = {}
         self._runs = self._read()
         self.extended = {
             cell.name
@@ -45,13 +47,14 @@ class SweepRecord:
         }
         for cell in cells:
             # An extended run keeps its old goal until it has reached the new one.
-            self._runs.setdefault(cell.name, _as_json(cell))
+            self._runs.setdefault(cell.name, _as_json(cell.given.tables))
+            self.settings[cell.name] = _as_json(cell.settings)
         self._save()
 
     def reached(self, cell: GridCell) -> None:
         """Record the new goal of a run that has reached it."""
         if cell.name in self.extended:
-            self._runs[cell.name] = _as_json(cell)
+            self._runs[cell.name] = _as_json(cell.given.tables)
             self._save()
 
     def write(self, name: str, text: str) -> None:
@@ -74,6 +77,7 @@ class SweepRecord:
             make_private_folder(self._folder)
             content = json.loads(file.read_text())
             runs = {str(name): dict(tables) for name, tables in content["runs"].items()}
+            settings = {str(name): dict(each) for name, each in content["settings"].items()}
             how = str(content["how"])
         except FileNotFoundError:
             return {}
@@ -88,10 +92,11 @@ class SweepRecord:
                 f"{self._folder} has a sweep that was made with how={how!r}, got {self._how!r}; "
                 "choose another folder"
             )
+        self.settings = settings
         return runs
 
     def _save(self) -> None:
-        content = {"how": self._how, "runs": self._runs}
+        content = {"how": self._how, "settings": self.settings, "runs": self._runs}
         self.write(RECORD_FILE, json.dumps(content, indent=2) + "\n")
 
     def _goal_differs(self, cell: GridCell, before: Mapping[str, Any]) -> bool:
@@ -100,7 +105,9 @@ class SweepRecord:
         Raises:
             ConfigError: another key differs.
         """
-        there, here = (Given.of(each).checked.model_dump() for each in (before, _as_json(cell)))
+        there, here = (
+            Given.of(each).checked.model_dump() for each in (before, _as_json(cell.given.tables))
+        )
         found = differences(there, here)
         # A simulation depends on every key, and starts over instead of being resumed.
         kinds = {key: kind_of_key(key) if self._how == "run" else None for key in found}
@@ -117,7 +124,7 @@ class SweepRecord:
         return "goal" in kinds.values()
 
 
-def _as_json(cell: GridCell) -> dict[str, Any]:
-    """Return the tables of a run as JSON has them; TOML has dates, too."""
-    tables: dict[str, Any] = json.loads(json.dumps(cell.given.tables, default=str))
-    return tables
+def _as_json(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tables as JSON has them; TOML has dates, too."""
+    plain: dict[str, Any] = json.loads(json.dumps(tables, default=str))
+    return plain

@@ -12,7 +12,8 @@ from fedmq.nodes.api.run import Run
 from fedmq.nodes.api.sweep_grid import GridCell
 from fedmq.nodes.api.sweep_table import FINISHED, failure_lines, lines, row_of, to_csv
 
-INVALID, FAILED, INTERRUPTED, WAITING = "invalid", "failed", "interrupted", "not started"
+INVALID, FAILED, INTERRUPTED = "invalid", "failed", "interrupted"
+IN_USE, WAITING = "in use", "not started"
 """Statuses of a run that has not finished."""
 
 
@@ -24,7 +25,7 @@ class SweepRun:
     settings: its values by key.
     folder: of the run.
     status: ``finished``, ``failed``, ``interrupted``, ``invalid`` (the configuration) or
-        ``not started``.
+        ``in use`` (another command makes it) or ``not started``.
     reason: why it has not finished; "" if it has.
     run: the run, if its folder has one.
     """

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from fedmq.broker.access.invites import PREFIX
 from fedmq.broker.process import give_torch_huge_pages, tune_process
@@ -38,6 +37,7 @@ from fedmq.nodes.cli.personalise import personalise
 from fedmq.nodes.cli.replay import replay
 from fedmq.nodes.cli.runs import simulate, sweep
 from fedmq.nodes.cli.trace import trace
+from fedmq.nodes.cluster.console import output_console
 from fedmq.nodes.cluster.environment import check_surroundings
 from fedmq.nodes.errors import ConfigError, own_code
 from fedmq.nodes.keys.folder import JOIN_VARIABLE
@@ -121,7 +121,7 @@ def cluster(
 
     settings = (*settings, *([f"worker.count={workers}"] if workers else []))
     streams.go_on_without_output()
-    console = Console()
+    console = output_console()
     with exit_2_on_error(), asking(config, settings, folder, now) as asked:
         find_own_code(asked.config.allowed)
         # The configuration in the folder includes the changes of --set.
@@ -242,7 +242,7 @@ def broker(
     from fedmq.nodes.keys.serving import broker_keys, how_to_connect, unused_keys
     from fedmq.nodes.run.config import build
     from fedmq.nodes.run.toml import setting_value
-    from fedmq.nodes.run_folder.folder import LEDGER, begun_at, state_of
+    from fedmq.nodes.run_folder.folder import LEDGER, begun_at, check_not_simulated, state_of
     from fedmq.nodes.run_folder.summary_file import SUMMARY_FILE, remove_summary, write_summary
 
     streams.go_on_without_output()
@@ -265,6 +265,7 @@ def broker(
         settings = replace(
             table.settings(), release_names=release_names, only_run=run_id, once=once
         )
+        check_not_simulated(folder)
         own = broker_keys(binds, keys_folder, insecure=insecure)
         server = BrokerServer(
             binds, folder / LEDGER, settings, ledger_settings, keys=own, insecure=insecure

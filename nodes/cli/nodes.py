@@ -120,6 +120,7 @@ def aggregator(
     """
     from fedmq.nodes.aggregator.program import run_aggregator
     from fedmq.nodes.run.config import load
+    from fedmq.nodes.run_folder.folder import check_not_simulated
 
     streams.go_on_without_output()
     with exit_2_on_error():
@@ -127,6 +128,7 @@ def aggregator(
         find_own_code(chosen.allowed)
         logs.configure(None, node="aggregator", run=chosen.run.id)
         if folder is not None:
+            check_not_simulated(folder)
             _make(folder)
         tune_process()
         found = credentials(options, DEFAULT_ENDPOINT, stateless=folder is None)

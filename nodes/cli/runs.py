@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from fedmq.nodes.cli.options import (
     WholeNumber,
@@ -17,6 +16,7 @@ from fedmq.nodes.cli.options import (
     exit_2_on_error,
     settings_option,
 )
+from fedmq.nodes.cluster.console import output_console
 from fedmq.nodes.errors import ConfigError, own_code
 from fedmq.nodes.keys.trust import find_own_code
 from fedmq.nodes.process import streams
@@ -61,7 +61,7 @@ def simulate(
 
     settings = (*settings, *([f"problem.clients={clients}"] if clients else []))
     streams.go_on_without_output()
-    console = Console()
+    console = output_console()
     with exit_2_on_error(), asking(config, settings, folder, STARTS_AT, simulated=True) as asked:
         if cluster is not None and processes is not None:
             raise ConfigError(f"--processes: not used with --on {cluster}, got {processes}")
@@ -177,7 +177,6 @@ def sweep(
             show=lambda line: click.echo(line, err=True),
         )
         made = sweeper.sweep
-        click.echo(f"{len(made)} runs in {made.folder}", err=True)
         with this_process.noting(sweeper.interrupt):
             sweeper.work()
         click.echo(made.to_csv() if as_csv else "\n".join(made.lines()), nl=not as_csv)

@@ -11,6 +11,14 @@ from rich.console import Console, RenderableType
 from fedmq.nodes.process import logs, streams
 
 
+def output_console() -> Console:
+    """Return the console of a command; it draws nothing into a pipe or a file.
+
+    Rich alone would take a pipe for a terminal if FORCE_COLOR or TTY_COMPATIBLE is set.
+    """
+    return Console(force_terminal=None if streams.is_terminal() else False)
+
+
 class SupervisorConsole:
     """Prints and logs; no error in here ends a run.
 

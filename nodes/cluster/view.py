@@ -15,9 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedmq.broker.rejections import Code
 from fedmq.nodes.history.facts import SentTask
-from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, LastFailure
+from fedmq.nodes.history.outcomes import IN_FLIGHT, LastFailure
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.history.tracker import NodeState
 from fedmq.nodes.process.terminal import (
@@ -38,7 +37,7 @@ _QUIET_S = 4.0
 _LONGEST = 1000
 """Characters of the reason why a run ended, at most."""
 _NAMED = 10
-"""Groups of clients without a result, at most; the summary has all."""
+"""Groups of clients without a result, at most."""
 _REASON = 300
 """Characters of the last failure, at most."""
 _LEAST_COLUMNS = 20
@@ -178,10 +177,6 @@ def in_one_line(known: Mapping[str, str]) -> str:
     return "  ".join(f"{name} {value}" for name, value in known.items())
 
 
-_IN_FLIGHT = (UNUSED, NO_ANSWER, Code.RUN_OVER)
-"""Codes of clients whose task was in flight, or had just come back, when the run ended."""
-
-
 @dataclass(frozen=True)
 class ClosingTable:
     """Rows of a name and a value; a name that is empty continues the row above.
@@ -258,21 +253,23 @@ def _problems(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _clients_without_result(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     groups: dict[tuple[int, str], list[int]] = {}
+    # A summary of an earlier release names all clients.
+    left = summary.get("more_clients_without_result", 0)
     for client, each in summary["clients_without_result"].items():
-        if each["tasks"] == 1 and each["code"] in _IN_FLIGHT and summary["ended"]:
+        if each["tasks"] == 1 and each["code"] in IN_FLIGHT and summary["ended"]:
+            left = 0  # the summary names the clients that failed first
             continue  # no failure: the run ended before its first task did
         groups.setdefault((each["tasks"], each["reason"]), []).append(int(client))
     rows = []
-    for number, ((tasks, reason), clients) in enumerate(groups.items()):
-        if number == _NAMED:
-            left = sum(map(len, list(groups.values())[number:]))
-            rows.append(("", f"and {plural(left, 'more client')}"))
-            break
+    left += sum(map(len, list(groups.values())[_NAMED:]))
+    for number, ((tasks, reason), clients) in enumerate(list(groups.items())[:_NAMED]):
         given = plural(tasks, "task") + (" each" if len(clients) > 1 else "")
         last = f"last: {plain(reason, 100)}"
         rows.append(
             ("" if number else "no result", f"{clients_in_words(clients, 60)}: {given}, {last}")
         )
+    if left and rows:
+        rows.append(("", f"and {plural(left, 'more client')}"))
     return rows
 
 

@@ -25,6 +25,8 @@ from fedmq.nodes.history.facts import SentTask, natural
 _STALE = (Code.STALE, Code.LATE)
 UNUSED, NO_ANSWER = "unused", "no-answer"
 """Codes of a client whose result is in no version, and of one that has not answered."""
+IN_FLIGHT = (UNUSED, NO_ANSWER, Code.RUN_OVER)
+"""Codes of clients whose task was in flight, or had just come back, when the run ended."""
 _RESULT, _TASK, _EVALUATION, _USED, _REJECTED = 1, 2, 3, 4, 8
 """Bits of an entry: what it is in the lowest two, and the outcome of a result."""
 _WHAT = 3

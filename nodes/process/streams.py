@@ -29,6 +29,11 @@ _CHUNK_BYTES = 512
 """A pipe that poll() reports as writable has room for this much: POSIX's least PIPE_BUF."""
 
 
+def is_terminal() -> bool:
+    """Return whether standard output is a terminal, whatever variables such as FORCE_COLOR say."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 class OutputFailed(Exception):
     """Standard output, the purpose of this command, cannot be written.
 

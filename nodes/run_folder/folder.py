@@ -18,7 +18,7 @@ from fedmq.broker.ledger.entries import MESSAGES, PAYLOAD
 from fedmq.broker.ledger.lock import LOCK_FILE
 from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.wire.addresses import name_fault
-from fedmq.nodes.errors import ConfigError
+from fedmq.nodes.errors import ConfigError, FolderInUse
 from fedmq.nodes.history.run import RunHistory, runs_of
 from fedmq.nodes.process.atomic_write import replacing
 from fedmq.nodes.process.exception_text import reason_of
@@ -72,6 +72,24 @@ def begun_at(folder: Path) -> float | None:
     return _read_own(folder / CONFIG_FILE)[1]
 
 
+def is_simulated(folder: Path) -> bool:
+    """Return whether `fedmq simulate` made the run in a folder."""
+    return bool(_SIMULATED.search(_text_of(folder / CONFIG_FILE)))
+
+
+def check_not_simulated(folder: Path) -> None:
+    """Check that a folder has no simulated run, whose ledger a live node must not continue.
+
+    Raises:
+        ConfigError: it has one.
+    """
+    if is_simulated(folder):
+        raise ConfigError(
+            f"--run: {folder} has a simulated run, which no live node can continue: "
+            "choose another folder"
+        )
+
+
 @dataclass
 class Contents:
     """Contents of the folder of a run.
@@ -105,7 +123,7 @@ def look_into(folder: Path) -> Contents | None:
             f"{some}"
         )
     found = Contents(*_read_own(folder / CONFIG_FILE))
-    found.simulated = bool(_SIMULATED.search(_text_of(folder / CONFIG_FILE)))
+    found.simulated = is_simulated(folder)
     try:
         runs = runs_of(read_entries(folder / LEDGER), found.begun)
     except LedgerDamage as error:
@@ -207,11 +225,11 @@ def write_config(folder: Path, config: Config, begun: float, *, simulated: bool 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make a run's folder if it is missing, and lock it against other supervisors and brokers.
+    """Make the folder of a run or a sweep if it is missing, and lock it against other commands.
 
     Raises:
-        ConfigError: another process uses the folder (the message has its id), or the folder cannot
-            be made.
+        FolderInUse: another process uses the folder; the message has its id.
+        ConfigError: the folder cannot be made.
     """
     try:
         new = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -223,7 +241,8 @@ def held(folder: Path) -> Iterator[None]:
         raise ConfigError(f"--run: cannot make {folder}: {reason_of(error)}") from None
     try:
         if _is_locked(lock):
-            raise ConfigError(f"--run: {folder} is in use by {_holder(lock, 'another cluster')}")
+            holder = _holder(lock, "another fedmq command")
+            raise FolderInUse(f"--run: {folder} is in use by {holder}")
         _wait_for_broker(folder)
         yield
     finally:
@@ -244,7 +263,8 @@ def _wait_for_broker(folder: Path) -> None:
         while _is_locked(lock):
             pid = _pid_of_holder(lock)
             if not (pid and _is_orphan(pid)) or time.monotonic() > deadline:
-                raise ConfigError(f"--run: {folder} is in use by {_holder(lock, 'another broker')}")
+                holder = _holder(lock, "another broker")
+                raise FolderInUse(f"--run: {folder} is in use by {holder}")
             time.sleep(0.05)
     finally:
         os.close(lock)

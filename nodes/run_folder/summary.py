@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedmq.nodes.history.curve import CurvePoint, Totals
-from fedmq.nodes.history.outcomes import NO_ANSWER, UNUSED, Cohorts, Outcomes
+from fedmq.nodes.history.outcomes import (
+    IN_FLIGHT,
+    NO_ANSWER,
+    UNUSED,
+    ClientRecord,
+    Cohorts,
+    Outcomes,
+)
 from fedmq.nodes.history.run import RunHistory
 from fedmq.nodes.run.config import parse
 from fedmq.nodes.run_folder.strict_json import not_finite
 
 _OWN_KEYS = ("accuracy", "loss")
 """Metrics that have a key of their own in the curve; it is null for a problem without them."""
+_NAMED_CLIENTS = 100
+"""Clients without a result that the summary names, at most: a run can have a million."""
 _REASONS: Mapping[str, str] = {UNUSED: "its result is in no version", NO_ANSWER: "no answer"}
 
 
@@ -29,6 +39,7 @@ def summary_of(history: RunHistory) -> dict[str, Any]:
     # Without the aggregator's first record: the run was stopped before it was written.
     config = parse(history.config).model_dump() if history.begun else {}
     outcomes, newest, first = history.outcomes, history.newest, history.first_task_s
+    without_result = outcomes.without_result
     down, up = (
         # The broker records the bytes on the wire at the end of the run.
         {"payload": payload, "wire": None if history.ended is None else wire}
@@ -46,14 +57,8 @@ def summary_of(history: RunHistory) -> dict[str, Any]:
         "versions": history.version,
         "results": _results(outcomes),
         "rounds": _rounds(outcomes.cohorts),
-        "clients_without_result": {
-            str(client): {
-                "tasks": each.tasks,
-                "code": each.code,
-                "reason": each.reason or _REASONS.get(each.code, ""),
-            }
-            for client, each in outcomes.without_result.items()
-        },
+        "clients_without_result": _named(without_result),
+        "more_clients_without_result": max(0, len(without_result) - _NAMED_CLIENTS),
         "final_accuracy": history.accuracy,
         "metrics": newest.metrics if newest is not None else {},
         "best_accuracy": history.best_accuracy,
@@ -77,6 +82,24 @@ def summary_of(history: RunHistory) -> dict[str, Any]:
     if strange := not_finite(summary):
         summary["not_finite"] = strange
     return summary
+
+
+def _named(without_result: Mapping[int, ClientRecord]) -> dict[str, dict[str, Any]]:
+    """Return the clients that the summary names: those that failed before those in flight."""
+
+    def in_flight_last(client: int) -> tuple[bool, int]:
+        each = without_result[client]
+        return each.tasks == 1 and each.code in IN_FLIGHT, client
+
+    chosen = heapq.nsmallest(_NAMED_CLIENTS, without_result, key=in_flight_last)
+    return {
+        str(client): {
+            "tasks": each.tasks,
+            "code": each.code,
+            "reason": each.reason or _REASONS.get(each.code, ""),
+        }
+        for client, each in ((client, without_result[client]) for client in sorted(chosen))
+    }
 
 
 def _point(point: CurvePoint, totals: Totals | None) -> dict[str, Any]:

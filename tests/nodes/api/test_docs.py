@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fedmq.codecs.registry import make_codec
 from fedmq.nodes.api import running
 from fedmq.nodes.api.run import CURVE
+from fedmq.nodes.api.sweep_grid import parse_over
 from fedmq.nodes.run_folder.model_files import save_model
 from tests.algorithms.tiny import Tiny
 from tests.nodes.api.commands import Commands
@@ -46,3 +48,11 @@ def test_each_example_works(made: Commands, capsys) -> None:
 
 def test_the_page_has_all_columns() -> None:
     assert set(CURVE) <= set(re.findall(r"`(\w+)`", PAGE.read_text()))
+
+
+def test_each_codec_on_the_page_exists() -> None:
+    found = re.findall(r"codec\.\w+=([^'\n]+)'", PAGE.read_text())
+    assert found
+    for [specs] in ([*parse_over([f"codec.up={each}"]).values()] for each in found):
+        for spec in specs:
+            make_codec(spec)

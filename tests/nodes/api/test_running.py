@@ -179,3 +179,22 @@ def test_a_script_without_a_main_guard_runs_from_another_folder(tmp_path: Path) 
     assert invalid.startswith("invalid: algorithm.lr: expected")
     assert done.stderr == ""
     assert (elsewhere / "runs" / "a" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "\ud800", 7])
+@pytest.mark.parametrize("function", ["run", "simulate", "sweep", "load", "config"])
+def test_a_path_that_cannot_exist_is_a_configuration_error(function: str, path) -> None:
+    calls = {
+        "run": lambda: fedmq.run({}, folder=path),
+        "simulate": lambda: fedmq.simulate({}, folder=path),
+        "sweep": lambda: fedmq.sweep({}, {"run.seed": [0]}, folder=path),
+        "load": lambda: fedmq.load(path),
+        "config": lambda: fedmq.simulate(path),
+    }
+    with pytest.raises(fedmq.ConfigError, match=r"expected .* got"):
+        calls[function]()
+
+
+def test_an_option_that_no_command_line_can_have_is_a_configuration_error(tmp_path: Path) -> None:
+    with pytest.raises(fedmq.ConfigError, match=r"cannot start fedmq .*null byte"):
+        fedmq.simulate({}, folder=tmp_path / "r", on="\0")

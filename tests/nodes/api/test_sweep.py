@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 import threading
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import fedmq
 from fedmq.nodes.api.sweep import Sweeper
 from fedmq.nodes.api.sweep_table import failure_lines, lines, row_of
+from fedmq.nodes.errors import FolderInUse
+from fedmq.nodes.run_folder.folder import held
 from tests.nodes.api.commands import Commands
 
 GRID = {"algorithm.lr": [0.1, 0.01], "run.seed": [0, 1]}
@@ -127,10 +130,62 @@ def test_several_runs_at_the_same_time(commands: Commands) -> None:
     assert fedmq.sweep({}, {"run.seed": [0, 1]}, folder="s", jobs=2).failed == []
 
 
+def in_use(folder: Path) -> str:
+    return f"--run: {folder.absolute()} is in use by another fedmq command, process {os.getpid()}"
+
+
+def test_a_folder_that_another_sweep_uses_is_an_error_and_stays_unchanged(
+    commands: Commands,
+) -> None:
+    fedmq.sweep({}, {"run.seed": [0]}, folder="s")
+    before = Path("s", "sweep.json").read_text()
+    with (
+        held(Path("s")),
+        pytest.raises(fedmq.ConfigError, match=re.escape(in_use(Path("s")))),
+    ):
+        fedmq.sweep({}, {"run.seed": [1]}, folder="s")
+    assert Path("s", "sweep.json").read_text() == before
+    locked = []
+
+    def try_to_lock(_: str) -> None:
+        with pytest.raises(FolderInUse), held(Path("s")):
+            pass
+        locked.append(True)
+
+    commands.before = try_to_lock
+    fedmq.sweep({}, {"run.seed": [1]}, folder="s")
+    assert locked  # while it made a run
+
+
+@pytest.mark.parametrize("how", ["run", "simulate"])
+def test_a_run_that_another_command_makes_is_in_use_not_invalid(commands: Commands, how) -> None:
+    with held(Path("s", "seed=0")):
+        swept = fedmq.sweep({}, {"run.seed": [0, 1]}, how=how, folder="s")
+    assert [each.status for each in swept] == ["in use", "finished"]
+    assert swept.runs[0].reason == in_use(Path("s", "seed=0"))
+    assert commands.made == ["seed=1"]
+
+
+def test_the_csv_has_every_run_in_the_folder(commands: Commands) -> None:
+    fedmq.sweep({}, {"algorithm.lr": [0.1, 0.2]}, folder="s")
+    commands.codes = {"seed=0": 2}
+    swept = fedmq.sweep({}, {"run.seed": [0]}, folder="s")
+    fedmq.sweep({}, {"algorithm.lr": [0.2]}, folder="s")
+    rows = list(csv.DictReader(io.StringIO(Path("s", "sweep.csv").read_text())))
+    assert [(row["algorithm.lr"], row["run.seed"], row["status"]) for row in rows] == [
+        ("0.1", "", "finished"),
+        ("0.2", "", "finished"),
+        ("", "0", "not started"),
+    ]
+    assert rows[0]["accuracy"]
+    assert swept.table["folder"].tolist() == ["seed=0"]
+
+
 def test_progress_is_one_line_for_each_run(commands: Commands, capsys) -> None:
     commands.codes = {"seed=1": 1}
     fedmq.sweep({}, {"run.seed": [0, 1]}, folder="s", progress=True)
-    one, two = capsys.readouterr().err.splitlines()
+    first, one, two = capsys.readouterr().err.splitlines()
+    assert first == f"2 runs in {Path('s').absolute()}"
     assert re.fullmatch(r"1 of 2  seed=0  finished  accuracy \d+\.\d\d%", one)
     assert re.fullmatch(r"2 of 2  seed=1  failed  accuracy \d+\.\d\d%  out of luck", two)
 

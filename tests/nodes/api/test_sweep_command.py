@@ -27,7 +27,8 @@ def test_the_table_goes_to_standard_output_and_progress_to_standard_error(
     commands: Commands,
 ) -> None:
     Path("run.toml").write_text("[run]\nversions = 3\n")
-    result = sweep("run.toml", "--over", "codec.up=raw,topk(0.1, 2)", "--seeds", "2", "--run", "s")
+    codecs = "codec.up=raw,quantize(4, 256)"
+    result = sweep("run.toml", "--over", codecs, "--seeds", "2", "--run", "s")
     assert len(commands.made) == 4
     head, *rows = result.stdout.splitlines()
     assert head.split() == ["runs", "accuracy", "best", "used", "time", "up", "down"]

@@ -11,14 +11,14 @@ BASE = Given.of({"run.id": "base", "run.versions": 3})
 
 def test_commas_within_brackets_and_quotes_belong_to_the_value() -> None:
     texts = [
-        "codec.up=raw,topk(0.1, 2)",
+        "codec.up=raw,quantize(4, 256)",
         "problem.sizes=[1, 2],[3]",
         'problem.label="a,b",c',
         "run.seed=0, 1",
         "run.target_accuracy=none,0.5",
     ]
     assert parse_over(texts) == {
-        "codec.up": ["raw", "topk(0.1, 2)"],
+        "codec.up": ["raw", "quantize(4, 256)"],
         "problem.sizes": [[1, 2], [3]],
         "problem.label": ["a,b", "c"],
         "run.seed": [0, 1],
@@ -59,10 +59,10 @@ def test_each_combination_is_a_cell_with_a_name_to_read() -> None:
 
 
 def test_names_of_unusual_values_are_safe_and_differ() -> None:
-    over = {"codec.up": ["raw", "topk(0.1, 2)", "topk(0.1; 2)", "x" * 300]}
+    over = {"codec.up": ["raw", "quantize(4, 256)", "quantize(4; 256)", "x" * 300]}
     names = [cell.name for cell in grid(BASE, over)]
     assert names[0] == "up=raw"
-    assert names[1].startswith("up=topk-0.1-2-")
+    assert names[1].startswith("up=quantize-4-256-")
     assert len(set(names)) == 4
     assert all(len(name) < 200 and "/" not in name for name in names)
 
@@ -104,3 +104,36 @@ def test_values_as_a_person_writes_them() -> None:
 def test_a_mistake_in_the_grid_is_one_sentence(over, error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         grid(BASE, over)
+
+
+@pytest.mark.parametrize(
+    ("over", "error"),
+    [
+        ({"algorithm.lr": [1, 1.0]}, r"algorithm\.lr: the value 1 comes twice"),
+        ({"problem.sizes": [[1, 2], [1.0, 2]]}, r"problem\.sizes: the value \[1, 2\] comes twice"),
+        (
+            {"worker": [{"count": 4}, {"threads": 1}]},
+            "worker=count-4-.* and worker=threads-1-.* have the same configuration; leave out one",
+        ),
+        ({"run.id": ["a", "b"]}, r"run\.id: cannot be swept"),
+        ({"run": [{"id": "a"}]}, "run: cannot be swept, .*; sweep single keys of the table"),
+        (
+            {"schedule.fraction": [0.5, 1.0], "schedule": [{"name": "rounds", "fraction": 0.25}]},
+            "schedule.fraction: the tables of schedule replace its values; put schedule before it",
+        ),
+    ],
+)
+def test_cells_that_would_be_one_and_keys_without_effect_are_errors(over, error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
+        grid(BASE, over)
+
+
+def test_equal_values_are_one_cell_in_every_sweep() -> None:
+    [one], [same] = (grid(BASE, {"algorithm.lr": [value]}) for value in (1, 1.0))
+    assert one.name == same.name == "lr=1"
+
+
+def test_a_key_after_its_table_replaces_its_value() -> None:
+    over = {"schedule": [{"name": "rounds"}], "schedule.fraction": [0.5, 1.0]}
+    cells = grid(BASE, over)
+    assert [cell.given.checked.schedule["fraction"] for cell in cells] == [0.5, 1.0]

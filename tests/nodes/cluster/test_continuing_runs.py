@@ -250,7 +250,7 @@ def test_a_folder_in_use_is_refused_at_once_and_a_broker_reports_what_is_in_its_
             time.sleep(0.05)
         began = time.monotonic()
         output = to_end(words, 2)
-        assert f"in use by another cluster, process {process.pid}" in output
+        assert f"in use by another fedmq command, process {process.pid}" in output
         assert time.monotonic() - began < 10
         os.kill(process.pid, signal.SIGKILL)  # its nodes end by themselves, and are waited for
         process.wait()

@@ -1,6 +1,7 @@
 """No error in the view ends a run: narrow and ASCII terminals, and exceptions while drawing."""
 
 import io
+import os
 import re
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from fedmq.nodes.cluster import view
-from fedmq.nodes.cluster.console import SupervisorConsole
+from fedmq.nodes.cluster.console import SupervisorConsole, output_console
 from fedmq.nodes.cluster.view import LiveView, closing_table
 from fedmq.nodes.history.curve import CurvePoint
 from fedmq.nodes.history.run import RunHistory
@@ -138,3 +139,12 @@ def test_a_log_that_cannot_be_opened_silences_nobody(tmp_path) -> None:
     terminal = Terminal(is_terminal=False)
     SupervisorConsole(terminal.console, tmp_path / "cluster.log").say("a sentence")
     assert terminal.shown == "a sentence\n"
+
+
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_a_variable_does_not_make_a_pipe_a_terminal(variable: str, monkeypatch) -> None:
+    monkeypatch.setenv(variable, "1")
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb"), os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert not output_console().is_terminal

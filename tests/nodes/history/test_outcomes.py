@@ -128,6 +128,20 @@ def test_failed_tasks_are_counted_by_code_without_evaluations(story):
     assert summary["clients_without_result"]["0"]["reason"] == "parked"
 
 
+def test_the_summary_names_100_clients_without_result_and_first_those_that_failed(story):
+    for number in range(300):
+        story.task(number, number)
+    failed = story.task(300, 250)
+    story.refuse(failed, "dead-letter", "parked", node="broker", dead_lettered=True)
+    summary = summary_of(story.history)  # interrupted
+    named = summary["clients_without_result"]
+    assert list(named) == [*map(str, range(99)), "250"]
+    assert named["250"]["reason"] == "parked"
+    assert summary["more_clients_without_result"] == 200
+    assert ("", "and 200 more clients") in list(closing_table(summary).rows)
+    assert not any("more clients" in text for _, text in closing_table(story.end()).rows)
+
+
 def test_a_redelivered_task_has_not_failed(story):
     story.task(0, 0)
     refusal = {"run": "r", "node": "broker", "id": "a/0", "reason": "parked", "of": 4}
