@@ -127,6 +127,7 @@ class AggregatorState:
             "tasks": self._tasks.in_flight,
             "nodes": self._fleet.hosts.by_node(),
             "unavailable": self._fleet.unavailable(),
+            "unreported": sorted(self._fleet.unreported),
             "evaluating": sorted(self._evaluations.asked),
             "examinations": self._evaluations.client_evaluations,
             "scores": self._evaluations.scores,
@@ -188,7 +189,20 @@ class AggregatorState:
         back, away = found  # one that came back and went away again is away
         self._tasks.came_back(self._fleet.came_back(back))
         self._tasks.went_away(self._fleet.went_away(away))
+        self._fleet.reported(message)
         return None
+
+    def _evaluated_as(self, name: str, accuracy: float | None) -> None:
+        """Record the end of an evaluation, which can end the run."""
+        known = self._evaluations.end(name, accuracy)
+        if known is not None:
+            self._spent.evaluated(known)
+        self._finishing = self._finishing or self._goal.met_by(known)
+
+    def _fail(self, why: str) -> None:
+        """End the run as failed, unless it is ending already."""
+        if not self._finishing:
+            self._finishing, self._failed = why, True
 
     def _is_checkpoint_due(self) -> bool:
         """Return whether the next version's record is a checkpoint.
@@ -273,6 +287,7 @@ class AggregatorState:
             hosts={} if compact else _host_of_each(nodes),
             nodes=nodes if compact else {},
             unavailable=self._fleet.unavailable(),
+            unreported=sorted(self._fleet.unreported) or UNSET,
             evaluators=sorted(self._fleet.evaluators),
             evaluating=sorted(self._evaluations.asked),
             evaluated=self._evaluated,
