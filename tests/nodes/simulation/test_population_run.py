@@ -8,13 +8,17 @@ import pytest
 
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.rejections import Code
 from fedmq.broker.settings import BrokerSettings
+from fedmq.nodes.cluster.view import closing_table
 from fedmq.nodes.errors import NodeError, RunFailed
+from fedmq.nodes.history.run import runs_of
 from fedmq.nodes.population.table import FaultsTable
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.setup import set_up
+from fedmq.nodes.run_folder.summary import summary_of
 from fedmq.nodes.simulation import population_node, population_run
 from fedmq.nodes.simulation.chances import Chances, chances_of
 from fedmq.nodes.simulation.population_run import PopulationRun
@@ -314,6 +318,21 @@ def test_nodes_and_broker_may_be_killed(simulate, chances):
     assert versions == list(range(1, 11))
     answers = [m.id for _, _, m in messages(folder) if m.kind == "result"]
     assert len(set(answers)) == len(answers)
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_bytes_on_the_wire_are_a_lower_bound_after_a_restart_of_the_broker(simulate, restarts):
+    run, folder = simulate(setup_of(ROUNDS, versions=3), Devices())
+    if restarts:
+        run.network.after(1.0, run.broker.crash)
+    run.run_to_end()
+    run.close()
+    (history,) = runs_of(read_entries(folder)).values()
+    assert history.wire_at_least is restarts
+    summary = summary_of(history)
+    assert summary["bytes"]["wire_at_least"] is restarts
+    rows = [value for key, value in closing_table(summary).rows if key.startswith("bytes")]
+    assert [", at least " in row for row in rows] == [restarts, restarts]
 
 
 def test_a_run_in_which_nothing_happens_any_more_fails(simulate, monkeypatch):
