@@ -166,7 +166,8 @@ def usable_config(folder: Path) -> Path | None:
         tables = tomllib.loads(_text_of(file))
     except ValueError:
         return None
-    return file if tables.keys() >= Config.model_fields.keys() else None
+    needed = {name for name, field in Config.model_fields.items() if field.default is not None}
+    return file if tables.keys() >= needed else None
 
 
 def is_record(file: Path) -> bool:

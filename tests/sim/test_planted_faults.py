@@ -281,7 +281,7 @@ PLANTED = {
             (syncs_no_folder, plan(power=0.4, sizes={"messages_bytes": 1024})),
             (believes_a_second_sync, SYNC_ERRORS),
         ],
-        "check_blobs": [(syncs_no_payload, plan(power=0.4, sizes=SMALL))],
+        "check_blobs": [(syncs_no_payload, plan(schedule=0, power=0.4, sizes=SMALL))],
     },
     "Exactly-once application": {
         "check_accepted_once": [(forgets_ids, plan(crash=0.2, doom=0.2))],

@@ -26,7 +26,7 @@ from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.history.run import runs_of
 from fedmq.nodes.run.config import Config, build, load
 from fedmq.nodes.run.setup import completed, set_up
-from fedmq.nodes.run_folder.folder import state_of, write_config
+from fedmq.nodes.run_folder.folder import state_of, usable_config, write_config
 
 GIVEN = {
     "run": {"id": "r", "versions": 10},
@@ -396,6 +396,14 @@ def test_a_runs_own_file_begins_another_run(tmp_path, monkeypatch, old) -> None:
     assert goes_on(folder, own) is not None
     assert goes_on(folder) is not None
     assert asked(None, own, run__id="r").recorded is not None
+
+
+@pytest.mark.parametrize("more", [{}, {"simulation": {"compute": 2.0}}])
+def test_the_configuration_in_a_folder_is_used_with_or_without_optional_tables(tmp_path, more):
+    write_config(tmp_path, build({**GIVEN, **more}), BEGUN)
+    assert usable_config(tmp_path) == tmp_path / "config.toml"
+    # A run that ended before its ledger began keeps its settings and its own code.
+    assert asked(tmp_path).config.run.versions == GIVEN["run"]["versions"]
 
 
 def test_a_configuration_file_is_old_or_new_whatever_happens(tmp_path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
     """Start a Ray cluster of two nodes on 127.0.0.1, which ``RAY_ADDRESS`` names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT), *sys.path])
@@ -37,13 +38,14 @@ def cluster(tmp_path_factory):
         patch.setenv("RAY_task_oom_retries", "1")
         utils = pytest.importorskip("ray.cluster_utils", reason="the extra ray is not installed")
         node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 80 << 20}
-        folder = str(tmp_path_factory.mktemp("ray"))
-        head = {**node, "include_dashboard": False, "temp_dir": folder}
-        made = utils.Cluster(initialize_head=True, head_node_args=head)
-        made.add_node(**node)
-        patch.setenv("RAY_ADDRESS", made.address)
-        yield made
-        made.shutdown()
+        # pytest's own folders are too long for Ray's sockets.
+        with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+            head = {**node, "include_dashboard": False, "temp_dir": folder}
+            made = utils.Cluster(initialize_head=True, head_node_args=head)
+            made.add_node(**node)
+            patch.setenv("RAY_ADDRESS", made.address)
+            yield made
+            made.shutdown()
 
 
 @pytest.mark.end_to_end
