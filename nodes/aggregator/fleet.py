@@ -206,9 +206,15 @@ class Fleet:
 
         A node that reports which of its clients are available counts once it has.
         """
-        ranges = [each for node in self.unreported for each in self.hosts.ranges_of(node)]
-        known = len(self.hosts) - sum(high - low + 1 for low, high in ranges)
+        known = len(self.hosts) - sum(high - low + 1 for low, high in self._unreported_ranges())
         return known >= clients and bool(self.evaluators or not self.expects_evaluator)
+
+    def yet_to_join(self) -> list[tuple[int, int]]:
+        """Return the ranges of clients whose node has not joined, or not reported after it."""
+        return sorted([*self.hosts.gaps(self._clients), *self._unreported_ranges()])
+
+    def _unreported_ranges(self) -> list[tuple[int, int]]:
+        return [each for node in self.unreported for each in self.hosts.ranges_of(node)]
 
     def num_reachable_of(self, node: str) -> int:
         """Return the number of reachable clients of a node."""

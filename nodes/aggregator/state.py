@@ -141,13 +141,14 @@ class AggregatorState:
     def missing_clients(self) -> list[tuple[int, int]]:
         """Return the unreachable clients that the run waits for, as ranges with both ends.
 
-        Before the first task these are all clients that have not joined. Later they are all
+        Before the first task these are all clients whose node has not joined, or has yet to report
+        which are available. Later they are all
         unreachable clients, if no result can come from the reachable ones.
         """
         if self._ended or self._finishing or self._committing is not None:
             return []
         if not self._running:
-            return self._fleet.hosts.gaps(self._setup.problem.clients)
+            return self._fleet.yet_to_join()
         if self._tasks.num_in_flight or any(self._progress.skipped(self._fleet)):
             return []
         return self._fleet.reachable.missing()

@@ -159,6 +159,7 @@ def test_a_node_that_reports_its_available_clients_gets_tasks_once_it_has():
     fleet.say("availability", {"back": [[0, 1]], "away": [], "more": True}, "w0")
     fleet.join_evaluator()
     assert not fleet.tasks
+    assert fleet.core.missing_clients() == [(0, 5)]
     assert fleet.core._fold().unreported == ["w0"]
     report(fleet, back=[(4, 4)])
     assert drawn(fleet) == [0, 1, 4]
