@@ -95,8 +95,8 @@ class Restorer:
         self.mailboxes.next_seq = entry.seq + 1
         self.last_at = max(self.last_at, entry.at)
         match entry:
-            case Opened(run=name, config=config, total_clients=total, identity=identity):
-                run = RunState(name, config, total, identity=identity, owner=entry.owner)
+            case Opened(run=name, config=text, total_clients=total, identity=identity, owner=owner):
+                run = RunState(name, text, total, identity=identity, owner=owner, recovered=True)
                 self.mailboxes.runs[name] = run
             case Accepted():
                 self._accepted(entry, entry.read())

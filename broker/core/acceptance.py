@@ -271,6 +271,8 @@ def _check_availability(node: Node, message: Message) -> None:
         WireError: the reason for a rejection.
     """
     ranges = []
+    if type(message.body.get("more", False)) is not bool:
+        raise WireError("expected true or false as more", Code.MALFORMED)
     if message.blobs:
         raise WireError("expected no blobs in a message about availability", Code.MALFORMED)
     for name in ("back", "away"):

@@ -15,6 +15,7 @@ from fedmq.broker.settings import BrokerSettings, Limits
 from fedmq.broker.wire.addresses import (
     AGGREGATOR,
     BROKER,
+    MAX_CLIENTS,
     MAX_RANGES,
     RECORD,
     ROLES,
@@ -32,8 +33,6 @@ from fedmq.broker.wire.schema import (
     Wait,
 )
 
-MAX_CLIENTS = 1 << 20
-"""Most clients of a run."""
 TWO_NAMES = "Two nodes need two names: set one with --name"
 """What to do if a session replaces another node's."""
 Fault = tuple[RejectCode, str]

@@ -134,13 +134,15 @@ class Sessions:
         self, kind: str, node: Node, details: dict[str, Any], now: float, out: list[Action]
     ) -> None:
         """Record that a node has joined or left; the aggregator gets to know it."""
-        hello = node.hello
+        hello, joins = node.hello, kind == "joined"
+        reports = joins and hello.reports_availability is True
         body = {
             "node": hello.node,
             "role": hello.role,
             "session": hello.session,
             "clients": [list(each) for each in hello.clients],
-            **({"owner": node.owner} if kind == "joined" else {}),
+            **({"owner": node.owner} if joins else {}),
+            **({"reports_availability": True} if reports else {}),
             **details,
         }
         to = RECORD if hello.role in (AGGREGATOR, OBSERVER) else AGGREGATOR

@@ -295,7 +295,8 @@ class RunState:
     identity: distinguishes runs with the same id; empty for runs of old ledgers.
     continued: number of the message that reopened the run, or None.
     owner: of the aggregator's place; "" in a ledger of 0.1.0 until the aggregator joins.
-    carried: bytes (to, from) its nodes that earlier brokers have counted.
+    carried: bytes (to, from) its nodes that earlier brokers have counted, up to a checkpoint.
+    recovered: whether this state comes from a ledger: the bytes since that checkpoint are lost.
     """
 
     id: str
@@ -312,6 +313,7 @@ class RunState:
     continued: int | None = None
     owner: str = ""
     carried: tuple[int, int] = (0, 0)
+    recovered: bool = False
     message_bytes: Counter[str] = field(default_factory=Counter)
     """Bytes of accepted messages by sender; and of all, by ""."""
 
@@ -345,10 +347,11 @@ class RunState:
             each = counts.pop(name)
             others = counts.setdefault("", dict.fromkeys(each, 0))
             counts[""] = {key: others[key] + each[key] for key in each}
-        if any(self.carried):
+        if self.recovered:
             before = counts.setdefault("", {"sessions": 0, "sent_bytes": 0, "received_bytes": 0})
             before["sent_bytes"] += self.carried[0]
             before["received_bytes"] += self.carried[1]
+            before["recovered"] = 1
         return counts
 
     def host_of(self, address: str) -> Node | None:

@@ -112,7 +112,11 @@ class Refusal(Entry, frozen=True):
 
 
 class Ended(Entry, frozen=True):
-    """A run has ended. ``nodes``: the broker's counts for each node, by name."""
+    """A run has ended.
+
+    ``nodes``: the broker's counts for each node, by name. The name "" has those of others and of
+    earlier brokers; after a restart it has ``recovered``: some bytes have not been counted.
+    """
 
     run: str
     reason: str

@@ -46,6 +46,7 @@ class VirtualPort:
         peer: the present connection.
         up: whether the process is running.
         on_exit: called on the hub when the program has ended, or was killed.
+        on_welcome: called when a Welcome arrives, before the link handles it.
         doomed: after each frame that is sent: whether the process dies right now.
         reports: all reports about the connection.
         tasks: run beside the program, since `run`; they may use the link.
@@ -67,6 +68,7 @@ class VirtualPort:
         self.clock = machine.clock()
         self.lock = threading.RLock()  # never contended: there is one thread
         self.on_exit: Callable[[], object] = lambda: None
+        self.on_welcome: Callable[[], object] = lambda: None
         self.doomed: Callable[[Frame], bool] = lambda _: False
         self.reports: list[Blocked | OutOfTouch | BackInTouch] = []
         self._network, self._machine, self._switching = network, machine, switching
@@ -282,6 +284,8 @@ class VirtualPort:
         if isinstance(frame, Welcome) and frame.ledger == LEDGER:
             frame = replace(frame, ledger=self._network.ledger)
         self._arrived.append((frame, buffers))
+        if isinstance(frame, Welcome):
+            self.on_welcome()
         self._react()
 
     def close(self) -> None:

@@ -21,6 +21,8 @@ BROKER = "broker"
 
 MAX_RANGES = 1000
 """Most ranges of clients in one Hello, or in one message about their availability."""
+MAX_CLIENTS = 1 << 20
+"""Most clients of a run."""
 
 CONTINUED = "continued"
 """Kind of the broker's message that a run has been continued."""

@@ -8,9 +8,8 @@ that their sender wrote; a field never changes its meaning; anything else is a n
 Several frames may travel as one ZeroMQ message: its header is then a list of [header, number of
 buffers], followed by the buffers of all frames. This saves most of the cost of small frames.
 
-There are two layers. A *frame* goes from one end of a link to the other (hello, post, want, chunk,
-...). A *message* goes from one node to another; ``post`` and ``deliver`` frames carry it, and the
-ledger records it.
+A *frame* goes from one end of a link to the other (hello, post, want, chunk, ...). A *message* goes
+from one node to another; ``post`` and ``deliver`` frames carry it, and the ledger records it.
 """
 
 from __future__ import annotations
@@ -149,6 +148,8 @@ class Hello(Frame, frozen=True, kw_only=True):
     """From the aggregator: the run's configuration, sent to every node in Welcome."""
     total_clients: Natural = 0
     """From the aggregator: number of clients of the run."""
+    reports_availability: bool | UnsetType = UNSET
+    """Whether its clients are away until it reports that they are back. Not sent before 1.3."""
 
 
 class Reject(Frame, frozen=True, kw_only=True):

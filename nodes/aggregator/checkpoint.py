@@ -55,6 +55,7 @@ class Fold(Struct):
     hosts: node of each client; empty since the rules `progress.COMPACT_CHECKPOINTS`.
     nodes: since those, the ranges of clients that each node hosts, both ends included.
     unavailable: bitmap of clients that are not available; empty if all are.
+    unreported: workers that have yet to report which of their clients are available.
     deferred: numbers of earlier messages that are not handled yet.
     arithmetic: version of the arithmetic, see `fedmq.nodes.aggregator.computed`.
     failures: failures since the last used result, see `fedmq.nodes.aggregator.progress`.
@@ -97,6 +98,7 @@ class Fold(Struct):
     asked_final: int | UnsetType = UNSET
     nodes: dict[str, list[tuple[int, int]]] = {}
     unavailable: bytes = b""
+    unreported: list[str] | UnsetType = UNSET
 
     def ranges(self) -> dict[str, list[tuple[int, int]]]:
         """Return the ranges of clients that each node hosts."""

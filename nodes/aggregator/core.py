@@ -96,6 +96,9 @@ class Aggregator(AggregatorState):
                     self._tasks.went_away(self._fleet.left(message))
                 case "availability":
                     why = self._availability(message)
+                    self._begin_if_all_joined(out)
+                    self._advance(out, starts=message.body.get("more") is not True)
+                    return [Handled.of(event.seq, why), *out]
                 case "tick":
                     self._tick(str(message.body.get("token")), out)
                 case "failed" if message.re in self._evaluations.asked:
@@ -139,7 +142,12 @@ class Aggregator(AggregatorState):
     # ---- the fleet
 
     def _joined(self, message: Message, out: list[AggregatorAction]) -> None:
-        self._tasks.came_back(self._fleet.joined(message))
+        back, away = self._fleet.joined(message)
+        self._tasks.came_back(back)
+        self._tasks.went_away(away)
+        self._begin_if_all_joined(out)
+
+    def _begin_if_all_joined(self, out: list[AggregatorAction]) -> None:
         wanted = self._settings.min_clients or self._setup.problem.clients
         if not self._running and self._fleet.suffice(wanted):
             self._running = True
@@ -210,17 +218,10 @@ class Aggregator(AggregatorState):
                 self._fail(hopeless)
         return why
 
-    def _evaluated_as(self, name: str, accuracy: float | None) -> None:
-        """Record the end of an evaluation, which can end the run."""
-        known = self._evaluations.end(name, accuracy)
-        if known is not None:
-            self._spent.evaluated(known)
-        self._finishing = self._finishing or self._goal.met_by(known)
-
     # ---- versions
 
-    def _advance(self, out: list[AggregatorAction]) -> None:
-        """Commit versions and start tasks until neither is possible."""
+    def _advance(self, out: list[AggregatorAction], *, starts: bool = True) -> None:
+        """Commit versions and start tasks until neither is possible; ``starts``: tasks, too."""
         while self._running and not self._reaches_limit():
             if self._committing is not None or self._deferred.awaited:
                 return
@@ -238,7 +239,8 @@ class Aggregator(AggregatorState):
                 # A held result may have been rejected.
                 view = self._tasks.view(current)
             if not current.is_ready(view):
-                self._start_tasks(view, out)
+                if starts:
+                    self._start_tasks(view, out)
                 return
             self._commit(out)
         # The end rejects deferred results: those of an earlier session must be here, too.
@@ -319,7 +321,8 @@ class Aggregator(AggregatorState):
             self._results.begin_version(state, fold.version)
         self._position = fold.position
         self._messages.next_id, self._results.counts = fold.next_id, fold.counts
-        self._fleet.resume(fold.ranges(), fold.evaluators, fold.unavailable)
+        about = (fold.evaluators, fold.unavailable, fold.unreported or ())
+        self._fleet.resume(fold.ranges(), *about)
         self._fleet.expects_evaluator = fold.expects_evaluator is True
         self._tasks.resume(fold.outstanding)
         self._evaluations = Evaluations(set(fold.evaluating), fold.client_evaluations, fold.scores)
@@ -349,11 +352,6 @@ class Aggregator(AggregatorState):
         clients = self._fleet.reachable.all().tolist()
         for to, body, packed, of in requests(self._algorithm, self.state, self.version, clients):
             self._evaluations.ask(self._request(out, "evaluate", to, body, packed), of)
-
-    def _fail(self, why: str) -> None:
-        """End the run as failed, unless it is ending already."""
-        if not self._finishing:
-            self._finishing, self._failed = why, True
 
     def _break_off(self, error: Exception) -> list[AggregatorAction]:
         """End the run at once, because the algorithm raised an error."""

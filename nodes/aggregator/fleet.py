@@ -126,6 +126,7 @@ class Fleet:
         hosts: the worker of each client whose node is connected.
         reachable: those of them that are available.
         evaluators: names of the evaluators.
+        unreported: workers that have yet to report which of their clients are available.
         expects_evaluator: whether a resumed run had an evaluator before.
     """
 
@@ -133,23 +134,33 @@ class Fleet:
         self._clients = clients
         self.hosts, self.reachable = ClientMap(), ClientSet(clients)
         self.evaluators: set[str] = set()
+        self.unreported: set[str] = set()
         self.expects_evaluator = False
 
-    def joined(self, message: Message) -> Clients:
-        """Add a node; it hosts its clients from now on, and all of them are available."""
+    def joined(self, message: Message) -> tuple[Clients, Clients]:
+        """Add a node; return which clients came back and went away.
+
+        It hosts its clients from now on. All of them are available; if it reports which are, all
+        are away until then.
+        """
         node, ranges = message.body["node"], message.body["clients"]
         if message.body["role"] == EVALUATOR:
             self.evaluators.add(node)
         if message.body["role"] != WORKER:
-            return numbers_in(())
+            return _NOBODY, _NOBODY
         for low, high in ranges:
             self.hosts.assign(low, high, node)
-        return self.reachable.add_all(numbers_in(ranges))
+        if message.body.get("reports_availability") is True:
+            self.unreported.add(node)
+            return _NOBODY, self.reachable.discard_all(numbers_in(ranges))
+        self.unreported.discard(node)
+        return self.reachable.add_all(numbers_in(ranges)), _NOBODY
 
     def left(self, message: Message) -> Clients:
         """Remove a node, and the clients that it still hosts."""
         node = message.body["node"]
         self.evaluators.discard(node)
+        self.unreported.discard(node)
         return self.reachable.discard_all(numbers_in(self.hosts.remove(node)))
 
     def availability(self, message: Message) -> tuple[Clients, Clients] | Rejection:
@@ -170,6 +181,11 @@ class Fleet:
             found.append(numbers_in(ranges))
         return found[0], found[1]
 
+    def reported(self, message: Message) -> None:
+        """Record that a worker's message was applied; unless it says so, no other one follows."""
+        if message.body.get("more") is not True:
+            self.unreported.discard(message.sender)
+
     def came_back(self, clients: Clients) -> Clients:
         """Record that clients of connected nodes are available."""
         return self.reachable.add_all(clients)
@@ -186,8 +202,19 @@ class Fleet:
         return gone
 
     def suffice(self, clients: int) -> bool:
-        """Return whether the nodes of enough clients, and an expected evaluator, are connected."""
-        return len(self.hosts) >= clients and bool(self.evaluators or not self.expects_evaluator)
+        """Return whether the nodes of enough clients, and an expected evaluator, are connected.
+
+        A node that reports which of its clients are available counts once it has.
+        """
+        known = len(self.hosts) - sum(high - low + 1 for low, high in self._unreported_ranges())
+        return known >= clients and bool(self.evaluators or not self.expects_evaluator)
+
+    def yet_to_join(self) -> list[tuple[int, int]]:
+        """Return the ranges of clients whose node has not joined, or not reported after it."""
+        return sorted([*self.hosts.gaps(self._clients), *self._unreported_ranges()])
+
+    def _unreported_ranges(self) -> list[tuple[int, int]]:
+        return [each for node in self.unreported for each in self.hosts.ranges_of(node)]
 
     def num_reachable_of(self, node: str) -> int:
         """Return the number of reachable clients of a node."""
@@ -216,10 +243,11 @@ class Fleet:
         hosts: Mapping[str, Iterable[tuple[int, int]]],
         evaluators: Iterable[str],
         unavailable: bytes = b"",
+        unreported: Iterable[str] = (),
     ) -> None:
         """Restore the nodes of a checkpoint; the arguments are as in `Fold`."""
         self.hosts, self.reachable = ClientMap(), ClientSet(self._clients)
-        self.evaluators = set(evaluators)
+        self.evaluators, self.unreported = set(evaluators), set(unreported)
         for node, ranges in hosts.items():
             for low, high in ranges:
                 self.hosts.assign(low, high, node)
@@ -235,6 +263,9 @@ class Fleet:
         if lost := [client for client in self.reachable.all() if client not in self.hosts]:
             yield f"clients {lost} are reachable, but have no host"
         yield from self.reachable.faults()
+
+
+_NOBODY: Clients = np.empty(0, np.int64)
 
 
 def numbers_in(ranges: Ranges) -> Clients:

@@ -127,6 +127,7 @@ class AggregatorState:
             "tasks": self._tasks.in_flight,
             "nodes": self._fleet.hosts.by_node(),
             "unavailable": self._fleet.unavailable(),
+            "unreported": sorted(self._fleet.unreported),
             "evaluating": sorted(self._evaluations.asked),
             "examinations": self._evaluations.client_evaluations,
             "scores": self._evaluations.scores,
@@ -140,13 +141,14 @@ class AggregatorState:
     def missing_clients(self) -> list[tuple[int, int]]:
         """Return the unreachable clients that the run waits for, as ranges with both ends.
 
-        Before the first task these are all clients that have not joined. Later they are all
+        Before the first task these are all clients whose node has not joined, or has yet to report
+        which are available. Later they are all
         unreachable clients, if no result can come from the reachable ones.
         """
         if self._ended or self._finishing or self._committing is not None:
             return []
         if not self._running:
-            return self._fleet.hosts.gaps(self._setup.problem.clients)
+            return self._fleet.yet_to_join()
         if self._tasks.num_in_flight or any(self._progress.skipped(self._fleet)):
             return []
         return self._fleet.reachable.missing()
@@ -188,7 +190,20 @@ class AggregatorState:
         back, away = found  # one that came back and went away again is away
         self._tasks.came_back(self._fleet.came_back(back))
         self._tasks.went_away(self._fleet.went_away(away))
+        self._fleet.reported(message)
         return None
+
+    def _evaluated_as(self, name: str, accuracy: float | None) -> None:
+        """Record the end of an evaluation, which can end the run."""
+        known = self._evaluations.end(name, accuracy)
+        if known is not None:
+            self._spent.evaluated(known)
+        self._finishing = self._finishing or self._goal.met_by(known)
+
+    def _fail(self, why: str) -> None:
+        """End the run as failed, unless it is ending already."""
+        if not self._finishing:
+            self._finishing, self._failed = why, True
 
     def _is_checkpoint_due(self) -> bool:
         """Return whether the next version's record is a checkpoint.
@@ -273,6 +288,7 @@ class AggregatorState:
             hosts={} if compact else _host_of_each(nodes),
             nodes=nodes if compact else {},
             unavailable=self._fleet.unavailable(),
+            unreported=sorted(self._fleet.unreported) or UNSET,
             evaluators=sorted(self._fleet.evaluators),
             evaluating=sorted(self._evaluations.asked),
             evaluated=self._evaluated,

@@ -212,9 +212,10 @@ def closing_table(summary: Mapping[str, Any]) -> ClosingTable:
         *_problems(summary),
         ("time", f"{_time(summary)}, first task after {_seconds(summary['first_task_s'])}"),
     ]
+    least = "at least " if sizes.get("wire_at_least") else ""  # missing in older summaries
     for way in ("down", "up"):
         payload, wire = size_text(sizes[way]["payload"]), size_text(sizes[way]["wire"])
-        rows.append((f"bytes {way}", f"{payload} payload, {wire} on the wire"))
+        rows.append((f"bytes {way}", f"{payload} payload, {least}{wire} on the wire"))
     rows.append(("model", summary["model_digest"] or "-"))
     clients = summary.get("clients")
     if clients:

@@ -105,6 +105,8 @@ class RunHistory:
     ends; the same holds for ``wire_up``."""
     wire_up: int = 0
     """Bytes on the wire from all nodes but the aggregator."""
+    wire_at_least: bool = False
+    """Whether these are not all bytes on the wire: the broker has restarted."""
 
     _asked: dict[int, set[str]] = field(default_factory=dict)
     """Addresses of the clients that were asked to evaluate a version and have not all answered."""
@@ -220,6 +222,7 @@ class RunHistory:
         if not self._finished:  # it was rejected, or a program of somebody else ended the run
             self.failed, self.ended = True, f"{entry.reason}; {_NO_RECORD}"
         for name, counts in entry.nodes.items():
+            self.wire_at_least |= bool(counts.get("recovered"))
             node = self.nodes.get(name)
             if node is None or node.role != AGGREGATOR:
                 self.wire_down += counts.get("sent_bytes", 0)

@@ -64,8 +64,9 @@ class Placement:
                 each.here = False
             return
         match message.kind, message.body:
-            case "joined", {"node": str(name), "role": str(role), "clients": list(ranges)}:
-                self._joined(name, role, ranges)
+            case "joined", {"node": str(name), "role": str(role), "clients": list(ranges)} as body:
+                reports = body.get("reports_availability") is True
+                self._joined(name, role, ranges, b"\1" if reports else b"\0")
             case "left", {"node": str(name)} if name in self.nodes:
                 self.nodes[name].here = False
                 for low, high in self._host_of_client.ranges_of(name):
@@ -81,7 +82,7 @@ class Placement:
         name = self._hosts.get(address) if client is None else self._host_of_client.get(client)
         return name if name is not None and self.nodes[name].here else None
 
-    def _joined(self, name: str, role: str, ranges: list[Any]) -> None:
+    def _joined(self, name: str, role: str, ranges: list[Any], flag: bytes) -> None:
         node = self.node(name)
         node.role, node.here = role, True
         node.sessions += 1
@@ -93,7 +94,7 @@ class Placement:
         elif role == WORKER:
             for low, high in ranges:
                 self._host_of_client.assign(low, high, name)
-                self._mark(name, [[low, high]], b"\0")
+                self._mark(name, [[low, high]], flag)
 
     def unreachable(self, clients: int) -> list[tuple[int, int]]:
         """Return which of the clients numbered below ``clients`` can get no task now.

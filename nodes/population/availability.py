@@ -14,7 +14,7 @@ Range = tuple[int, int]
 """Clients from the first to the second number, both included."""
 
 _MOST_SPELLS = 10_000
-"""Spells of a client during one task, after which the task counts as never done."""
+"""Spells of a client during one task, after which the rest of the task is extrapolated."""
 
 
 class Availability:
@@ -73,8 +73,10 @@ class Availability:
             seconds: of work.
 
         Returns:
-            The virtual time; infinite if the client does not come back, or too rarely.
+            The virtual time; infinite if the client does not come back. A task of very many spells
+            ends as if the client were available as often in the rest as in those.
         """
+        began, wanted = begin, seconds
         on, until = bool(self.available[client]), int(self._until[client])
         number, who = int(self._number[client]), np.array([client])
         for _ in range(_MOST_SPELLS):
@@ -83,12 +85,13 @@ class Availability:
                 if on and begin + seconds <= end:
                     return begin + seconds
                 if end == math.inf:
-                    break
+                    return math.inf
                 seconds -= end - begin if on else 0.0
                 begin = end
             on, number = not on, number + 1
             until += int(self._spells.length(who, np.array([number]), np.array([on]))[0])
-        return math.inf
+        done = wanted - seconds
+        return begin + seconds * (begin - began) / done if done > 0 else math.inf
 
 
 def _ranges(clients: Clients) -> list[Range]:

@@ -40,7 +40,7 @@ def check_availability(spec: float | str, step_s: float) -> None:
     Raises:
         SpecError: it cannot be used.
     """
-    if isinstance(spec, str) and not spec.endswith(".csv"):
+    if isinstance(spec, str) and not _is_file(spec):
         _builder(spec, step_s)
 
 
@@ -61,7 +61,7 @@ def make_availability(
     """
     if not isinstance(spec, str):
         return Availability(RandomSteps(spec, seed), clients, step_s)
-    if spec.endswith(".csv"):
+    if _is_file(spec):
         found = read_intervals(spec, KEY)
         traced = TracedSpells(found.client, found.start, found.end, clients, step_s)
         return Availability(traced, clients, step_s)
@@ -70,6 +70,10 @@ def make_availability(
     except SpecError as error:
         raise ConfigError(f"{KEY}: {error}") from None
     return Availability(spells, clients, step_s)
+
+
+def _is_file(spec: str) -> bool:
+    return spec.lower().endswith(".csv")
 
 
 class _Clients:

@@ -17,6 +17,9 @@ from fedmq.nodes.errors import ConfigError
 Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]
 """Draws that many independent values."""
 
+_LARGEST_LOG = 700.0
+"""Largest logarithm of a mean; a float holds it."""
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -25,49 +28,81 @@ class Distribution:
     draw: draws float64 [n], given a generator and n.
     mean: expected value; infinite for very long tails.
     low: no value is below it.
+    draws_0: whether it draws 0 with a probability above 0.
     """
 
     draw: Draw
     mean: float
     low: float = 0.0
+    draws_0: bool = False
 
     def one(self, rng: np.random.Generator) -> float:
         """Draw one value."""
         return float(self.draw(rng, 1)[0])
 
 
+def _numbers(**values: object) -> None:
+    for name, value in values.items():
+        if type(value) not in (int, float) or value != value:  # NaN
+            raise SpecError(f"{name}: expected a number, got {value}")
+
+
 def _positive(**values: float) -> None:
+    _numbers(**values)
     for name, value in values.items():
         if not value > 0:
             raise SpecError(f"{name}: expected a number above 0, got {value}")
 
 
+def _at_least_0(**values: float) -> None:
+    _numbers(**values)
+    for name, value in values.items():
+        if value < 0:
+            raise SpecError(f"{name}: expected a number of at least 0, got {value}")
+
+
 def constant(value: float) -> Distribution:
     """Return the distribution of one value."""
-    return Distribution(lambda _, n: np.full(n, float(value)), float(value), float(value))
+    _numbers(value=value)
+    given = float(value)
+    return Distribution(lambda _, n: np.full(n, given), given, given, given == 0)
 
 
 def _uniform(low: float, high: float) -> Distribution:
-    return Distribution(lambda rng, n: rng.uniform(low, high, n), (low + high) / 2, min(low, high))
+    _numbers(low=low, high=high)
+    if high < low:
+        raise SpecError(f"high: expected at least low, {low}, got {high}")
+    mean = (low + high) / 2
+    return Distribution(lambda rng, n: rng.uniform(low, high, n), mean, low, low == high == 0)
 
 
 def _halfnormal(scale: float) -> Distribution:
+    _at_least_0(scale=scale)
     mean = scale * math.sqrt(2 / math.pi)
-    return Distribution(lambda rng, n: np.abs(rng.normal(0.0, scale, n)), mean)
+    return Distribution(lambda rng, n: np.abs(rng.normal(0.0, scale, n)), mean, draws_0=scale == 0)
 
 
 def _exponential(scale: float) -> Distribution:
-    return Distribution(lambda rng, n: rng.exponential(scale, n), scale)
+    _at_least_0(scale=scale)
+    return Distribution(lambda rng, n: rng.exponential(scale, n), scale, draws_0=scale == 0)
 
 
 def _lognormal(median: float, sigma: float) -> Distribution:
     _positive(median=median)
+    _at_least_0(sigma=sigma)
     mu = math.log(median)
-    return Distribution(lambda rng, n: rng.lognormal(mu, sigma, n), math.exp(mu + sigma**2 / 2))
+    log_mean = mu + sigma * sigma / 2
+    if not log_mean < _LARGEST_LOG:
+        raise SpecError(
+            f"sigma: expected a mean, median * exp(sigma**2 / 2), below exp({_LARGEST_LOG:g}), "
+            f"got sigma {sigma} and median {median}"
+        )
+    return Distribution(lambda rng, n: rng.lognormal(mu, sigma, n), math.exp(log_mean))
 
 
 def _pareto(shape: float, scale: float = 1.0, start: float = 0.0) -> Distribution:
-    _positive(scale=scale)
+    _positive(shape=shape, scale=scale)
+    _numbers(start=start)
     mean = start + scale / (shape - 1) if shape > 1 else math.inf
     return Distribution(lambda rng, n: start + scale * rng.pareto(shape, n), mean, start)
 
@@ -75,9 +110,11 @@ def _pareto(shape: float, scale: float = 1.0, start: float = 0.0) -> Distributio
 def _choice(*values: float) -> Distribution:
     if not values:
         raise SpecError("choice: expected at least one value")
+    _numbers(**{f"value {place}": each for place, each in enumerate(values, 1)})
     given = np.array(values, np.float64)
     mean, low = float(given.mean()), float(given.min())
-    return Distribution(lambda rng, n: given[rng.integers(len(given), size=n)], mean, low)
+    draws_0 = bool((given == 0).any())
+    return Distribution(lambda rng, n: given[rng.integers(len(given), size=n)], mean, low, draws_0)
 
 
 DISTRIBUTIONS: Mapping[str, Callable[..., Distribution]] = {

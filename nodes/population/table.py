@@ -23,8 +23,8 @@ Spec = Annotated[float | str, AfterValidator(_check_spec)]
 
 
 def _check_bandwidth(spec: float | str) -> float | str:
-    if spec == 0:
-        raise ValueError("expected a bandwidth above 0, got 0")
+    if read_distribution(spec).draws_0:
+        raise ValueError(f"expected a bandwidth above 0, got {spec}")
     return spec
 
 
@@ -85,7 +85,8 @@ class SimulationTable(_SimulationTable):
     bandwidth_down, bandwidth_up: bytes a second of a client's downlink and uplink, drawn once per
         client; None for unlimited.
     devices: CSV file of device profiles, which replace these keys; None for none.
-    availability_step: time between changes of availability.
+    availability_step: time between changes of availability, at least 1 s: each step takes real
+        time for each client.
     availability: which clients are available when; None for all, always. A probability, drawn
         again at each step; ``spells(on, off)`` with distributions of their lengths;
         ``by_label(low, high)``, a probability that depends on the client's data; ``daily(hours,
@@ -102,7 +103,7 @@ class SimulationTable(_SimulationTable):
     bandwidth_down: Bandwidth | None = None
     bandwidth_up: Bandwidth | None = None
     devices: str | None = None
-    availability_step: Annotated[float, Field(gt=0)] = 600.0
+    availability_step: Annotated[float, Field(ge=1)] = 600.0
     availability: Annotated[float, Field(gt=0, le=1)] | str | None = None
     learner: Literal["train", "curve"] = "train"
     nodes: Annotated[int, Field(ge=1, le=1024)] | None = None

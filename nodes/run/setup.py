@@ -22,6 +22,7 @@ from fedmq.algorithms.problems.quadratic import QuadraticProblem
 from fedmq.algorithms.registry import find_algorithm
 from fedmq.algorithms.schedules import Schedule, find_schedule
 from fedmq.algorithms.values import ReturnedError, plain_settings
+from fedmq.broker.wire.addresses import MAX_CLIENTS
 from fedmq.codecs.base import Codec
 from fedmq.codecs.errors import CodecError, SpecError
 from fedmq.codecs.features import Features
@@ -142,6 +143,8 @@ def check_attainable(setup: Setup, workers: Collection[str] = ()) -> None:
         ConfigError: names the key, the expected value and the given one.
     """
     config, clients = setup.config, setup.problem.clients
+    if clients > MAX_CLIENTS:
+        raise ConfigError(f"problem.clients: expected at most {MAX_CLIENTS}, got {clients}")
     least = setup.schedule.least_clients()
     if least is not None and least[1] > clients:
         key, wanted = least

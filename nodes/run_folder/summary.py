@@ -65,7 +65,12 @@ def summary_of(history: RunHistory) -> dict[str, Any]:
         "curve": [_point(each, history.totals.at(each.version)) for each in history.curve],
         "wall_s": round(history.wall_s, 3),
         "first_task_s": None if first is None else round(first, 3),
-        "bytes": {"down": down, "up": up, "kinds": history.groups},
+        "bytes": {
+            "down": down,
+            "up": up,
+            "kinds": history.groups,
+            "wire_at_least": history.wire_at_least and history.ended is not None,
+        },
         "model_digest": history.model_digest,
         "nodes": {
             name: {"sessions": node.sessions, "tasks": node.tasks, "drops": node.drops}

@@ -21,14 +21,20 @@ def population_of(setup: Setup) -> Population:
     """Return the clients that ``[simulation]`` describes.
 
     Raises:
-        ConfigError: a spec or a file cannot be used, or the problem has no labels that
-            availability could depend on.
+        ConfigError: a spec or a file cannot be used, the problem has no labels that availability
+            could depend on, or there are more nodes than clients.
         DataError: the data set, which the numbers of examples or the labels need, is missing.
     """
     problem, config = setup.problem, setup.config
+    table = config.simulation or SimulationTable()
+    if table.nodes is not None and table.nodes > problem.clients:
+        raise ConfigError(
+            f"simulation.nodes: expected at most problem.clients, {problem.clients}, "
+            f"got {table.nodes}"
+        )
     try:
         return Population(
-            config.simulation or SimulationTable(),
+            table,
             problem.clients,
             config.run.seed,
             problem.client_size,

@@ -73,6 +73,7 @@ class SimulationCommand:
         self._began_at, self._look_at = time.monotonic(), 0.0
         self._trainer: _InterruptibleTrainer | None = None
         self._run: PopulationRun | None = None
+        self._failure = ""
 
     def run(self) -> int:
         """Run to the end; return the exit code.
@@ -98,8 +99,9 @@ class SimulationCommand:
                 code = INTERRUPTED
             except (ConfigError, OwnCodeError) as error:
                 self._say(f"fedmq: {error}")
-                code = 2
+                self._failure, code = str(error), 2
             except ON_PURPOSE as error:
+                self._failure = str(error)
                 self._catch_up()
                 if self._history.ended is None:
                     self._say(f"fedmq: the run failed: {plain(error, _LONGEST)}")
@@ -108,7 +110,8 @@ class SimulationCommand:
                     code = INTERRUPTED
                 else:
                     structlog.get_logger().exception("crashed")
-                    self._say(f"fedmq: crashed: {explained(error)}; see {self._log_file}")
+                    self._failure = f"crashed: {explained(error)}; see {self._log_file}"
+                    self._say(f"fedmq: {self._failure}")
             finally:
                 # From here on, only the third signal interrupts.
                 with this_process.noting(_end_at_third):
@@ -211,6 +214,10 @@ class SimulationCommand:
         if history.failed:
             self._say(f"fedmq: the run failed: {plain(history.ended, _LONGEST)}")
         summary = summary_of(history)
+        if self._failure and history.ended is None:  # what failed could not record it
+            wall_s = max(history.wall_s, self._run.now_s)
+            summary |= {"status": "failed", "ended": plain(self._failure, _LONGEST)}
+            summary["wall_s"] = round(wall_s, 3)
         summary[SIMULATED_IN_S] = round(time.monotonic() - self._began_at, 3)
         try:
             save_summary(self._folder, summary)

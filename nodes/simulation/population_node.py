@@ -12,6 +12,7 @@ import functools
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
@@ -77,7 +78,10 @@ class PopulationNode(VirtualNode):
         *,
         checked: bool = False,
     ) -> None:
+        if devices.availability is not None:
+            hello = replace(hello, reports_availability=True)
         super().__init__(port, machine, hello, lambda: 0.0, log)
+        port.on_welcome = self._welcomed
         self.setup, self.store, self.devices, self.trainer = setup, store, devices, trainer
         self._began, self._checked = began, checked
         self._repeats, self._version_0 = Repeats(), version_0
@@ -93,23 +97,41 @@ class PopulationNode(VirtualNode):
     def work(self, link: NodeLink) -> None:
         """Start the tasks that arrive, until the run is over."""
         self._admitted = True
-        if self.devices.availability is not None:
-            self.report((), _gaps(self.devices.availability.available, self.hello.clients))
+        self._report_all()
         work_until_over(self._accept, link, self.log)
+
+    def _welcomed(self) -> None:
+        """Handle a Welcome: after a reconnect, the broker may have recorded a new join."""
+        if self._admitted:
+            self._report_all()
 
     def report(self, back: Ranges, away: Ranges) -> None:
         """Post that some of the hosted clients are available again, or not any more."""
         if not self._admitted:
-            return  # it posts all that are away once it is admitted
+            return  # it posts all that are available once it is admitted
         hosted = self.hello.clients
         kinds = [("back", each) for each in _within(back, hosted)]
         kinds += [("away", each) for each in _within(away, hosted)]
-        for start in range(0, len(kinds), MOST_RANGES):
+        if kinds:
+            self._post_ranges(kinds)
+
+    def _report_all(self) -> None:
+        """Post which of the hosted clients are available, after the node has joined."""
+        if self.devices.availability is not None:
+            available = self.devices.availability.available
+            found = _ranges(available, self.hello.clients)
+            self._post_ranges([("back", each) for each in found])
+
+    def _post_ranges(self, kinds: Sequence[tuple[str, tuple[int, int]]]) -> None:
+        """Post ranges of clients that are back or away, in at least one message."""
+        for start in range(0, max(1, len(kinds)), MOST_RANGES):
             part = kinds[start : start + MOST_RANGES]
             name = f"{self.hello.session}/availability/{next(self._reports)}"
-            body = {
+            body: dict[str, Any] = {
                 key: [list(each) for kind, each in part if kind == key] for key in ("back", "away")
             }
+            if start + MOST_RANGES < len(kinds):
+                body["more"] = True
             run, sender = self.hello.run, self.hello.node
             kind, to = "availability", AGGREGATOR
             self.link.hand_in(Message(kind=kind, id=name, run=run, sender=sender, to=to, body=body))
@@ -291,11 +313,11 @@ def _within(ranges: Ranges, hosted: Ranges) -> Iterator[tuple[int, int]]:
                 yield max(low, first), min(high, last)
 
 
-def _gaps(available: NDArray[np.bool_], hosted: Ranges) -> list[tuple[int, int]]:
-    """Return the ranges of hosted clients that are not available."""
+def _ranges(available: NDArray[np.bool_], hosted: Ranges) -> list[tuple[int, int]]:
+    """Return the ranges of hosted clients that are available."""
     found: list[tuple[int, int]] = []
     for low, high in hosted:
-        away = np.concatenate(([False], ~available[low : high + 1], [False]))
-        begins, ends = np.flatnonzero(away[1:] & ~away[:-1]), np.flatnonzero(away[:-1] & ~away[1:])
+        here = np.concatenate(([False], available[low : high + 1], [False]))
+        begins, ends = np.flatnonzero(here[1:] & ~here[:-1]), np.flatnonzero(here[:-1] & ~here[1:])
         found += [(low + int(a), low + int(b) - 1) for a, b in zip(begins, ends, strict=True)]
     return found

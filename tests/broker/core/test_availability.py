@@ -59,6 +59,20 @@ def test_other_bodies_are_rejected(room, ranges):
     assert say(room, away=ranges) == [Code.MALFORMED]
 
 
+@pytest.mark.parametrize("more", [1, "yes", None, []])
+def test_more_is_true_or_false(room, more):
+    assert say(room, more=more) == [Code.MALFORMED]
+    assert say(room, more=True) == [Code.MALFORMED]  # of the message before
+
+
+@pytest.mark.parametrize("reports", [True, False])
+def test_the_aggregator_learns_at_the_join_that_clients_are_away(bench, reports):
+    bench.joined("agg", "aggregator", total_clients=30)
+    bench.joined("w1", clients=((0, 29),), **({"reports_availability": True} if reports else {}))
+    (message,) = [m for m in bench.inbox(AGG) if m.kind == "joined"]
+    assert message.body.get("reports_availability", False) is reports
+
+
 def test_there_is_a_limit(room):
     assert say(room, away=[[k, k] for k in range(10, 1010)], back=[[0, 0]]) == [Code.LIMIT]
 

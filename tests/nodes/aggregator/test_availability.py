@@ -146,6 +146,46 @@ def test_clients_that_are_away_count_for_the_start():
     assert drawn(fleet) == [1, 2]
 
 
+def unreported(clients=6, schedule=ALL, **run):
+    """Return a run with one node, w0, that reports which of its clients are available."""
+    fleet = Fleet(make_setup(schedule, clients=clients, **run), join=False)
+    body = {"node": "w0", "role": "worker", "clients": [[0, clients - 1]]}
+    fleet.say("joined", body | {"reports_availability": True})
+    return fleet
+
+
+def test_a_node_that_reports_its_available_clients_gets_tasks_once_it_has():
+    fleet = unreported()
+    fleet.say("availability", {"back": [[0, 1]], "away": [], "more": True}, "w0")
+    fleet.join_evaluator()
+    assert not fleet.tasks
+    assert fleet.core.missing_clients() == [(0, 5)]
+    assert fleet.core._fold().unreported == ["w0"]
+    report(fleet, back=[(4, 4)])
+    assert drawn(fleet) == [0, 1, 4]
+    assert not fleet.core._fold().unreported
+
+
+def test_no_task_starts_on_a_part_of_a_report():
+    fleet = unreported(schedule={"name": "buffered", "size": 1, "concurrency": 6})
+    report(fleet, back=[(0, 0)])
+    fleet.say("availability", {"back": [[1, 2]], "away": [], "more": True}, "w0")
+    assert drawn(fleet) == [0]
+    report(fleet, back=[(3, 3)])
+    assert sorted(drawn(fleet)) == [0, 1, 2, 3]
+
+
+def test_clients_of_a_node_that_joins_again_are_away_until_it_reports():
+    fleet = unreported()
+    report(fleet, back=[(0, 5)])
+    body = {"node": "w0", "role": "worker", "clients": [[0, 5]], "reports_availability": True}
+    fleet.say("joined", body)
+    assert not len(fleet.core._fleet.reachable)
+    fleet.core.validate_state()
+    fleet.leave("w0")
+    assert not fleet.core._fleet.unreported
+
+
 def restless(setup, seed):
     """Return a run in which clients come and go."""
     dice = random.Random(seed)  # noqa: S311 - a test's own dice

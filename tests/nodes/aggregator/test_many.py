@@ -46,8 +46,11 @@ def test_counts_and_draws_are_those_of_looking_at_every_task_and_client(seed):
         match dice.randrange(9):
             case 0:
                 ends = [low, min(low + dice.randrange(8), CLIENTS - 1)]
-                message = about("joined", f"w{node}", clients=[ends])
-                tasks.came_back(members.joined(message))
+                reports = {"reports_availability": True} if dice.random() < 0.3 else {}
+                message = about("joined", f"w{node}", clients=[ends], **reports)
+                back, away = members.joined(message)
+                tasks.came_back(back)
+                tasks.went_away(away)
             case 1:
                 tasks.went_away(members.left(about("left", f"w{node}")))
             case 2:

@@ -74,6 +74,16 @@ def test_clients_that_are_away_are_waited_for(story):
     assert story.history.missing_clients == [(2, 2)]
 
 
+def test_clients_of_a_node_that_reports_availability_are_away_until_it_does(story):
+    joined(story, "w1", 0)
+    story.entry(Opened, run="r", config="", total_clients=3)
+    body = {"node": "w2", "role": "worker", "session": "s", "clients": [[1, 2]]}
+    story.feed("joined", "broker", **body, reports_availability=True)
+    assert story.history.tracker.placement.unreachable(3) == [(1, 2)]
+    story.feed("availability", "w2", back=[[2, 2]], away=[])
+    assert story.history.tracker.placement.unreachable(3) == [(1, 1)]
+
+
 def test_a_node_that_joins_again_still_has_its_tasks(story):
     """The broker delivers them again."""
     story.task(0, 0)

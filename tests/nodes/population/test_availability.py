@@ -197,3 +197,19 @@ def test_an_empty_trace_has_nobody(tmp_path: Path) -> None:
     found = availability(trace(tmp_path, "client,start,end\n"), clients=2)
     assert not found.available.any()
     assert found.next_change == math.inf
+
+
+class Flicker:
+    """On for a step, then away for three, and so on."""
+
+    def first(self, clients):
+        return np.ones(len(clients), bool), np.ones(len(clients), np.int64)
+
+    def length(self, clients, numbers, on):
+        return np.where(on, 1, 3)
+
+
+def test_a_task_of_very_many_spells_ends() -> None:
+    found = Availability(Flicker(), 1, 1.0)
+    assert found.work_until(0, 0.0, 1e6) == pytest.approx(4e6, rel=1e-3)
+    assert found.work_until(0, 0.0, 100.0) == 397.0

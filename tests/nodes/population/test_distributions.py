@@ -54,18 +54,18 @@ def test_the_median_of_lognormal_and_the_start_of_pareto_are_parameters() -> Non
         ("gamma(1)", "unknown distribution 'gamma'"),
         ("uniform(1)", "expected uniform(low, high)"),
         ("uniform(-1, 2)", "expected values of at least 0, got uniform(-1, 2)"),
-        ("exponential(-1)", "scale < 0"),
+        ("exponential(-1)", "scale: expected a number of at least 0"),
         ("lognormal(0, 1)", "median: expected a number above 0, got 0"),
         ("choice()", "expected at least one value"),
         (-1.0, "expected values of at least 0, got -1.0"),
         ("3 +", "expected name(value, key=value)"),
-        ("lognormal(2, 1e9)", "Result too large|math range error|out of range"),
+        ("lognormal(2, 1e9)", "sigma: expected a mean"),
     ],
 )
 def test_errors_name_the_key(spec: float | str, words: str) -> None:
     with pytest.raises(ConfigError, match=r"^simulation\.compute: ") as caught:
         distribution(spec, "simulation.compute")
-    assert any(each in str(caught.value) for each in words.split("|"))
+    assert words in str(caught.value)
     with pytest.raises(SpecError):
         read_distribution(spec)
 

@@ -51,6 +51,22 @@ def test_the_table_survives_writing_and_reading() -> None:
         ("simulation.compute=true", "simulation.compute: expected a number, got true"),
         ("simulation.latency=uniform(0, inf)", "simulation.latency: expected finite numbers"),
         ("simulation.bandwidth_up=0", "simulation.bandwidth_up: expected a bandwidth above 0"),
+        (
+            "simulation.bandwidth_up=constant(0)",
+            "simulation.bandwidth_up: expected a bandwidth abo",
+        ),
+        ("simulation.bandwidth_down=choice(1e6, 0)", "expected a bandwidth above 0, got choice"),
+        ("simulation.bandwidth_down=uniform(0, 0)", "expected a bandwidth above 0, got uniform"),
+        ("simulation.compute=lognormal(1, 1000)", "sigma: expected a mean, median * exp(sigma**2"),
+        ("simulation.compute=lognormal(1, 1e200)", "got sigma 1e+200 and median 1"),
+        ("simulation.compute=lognormal(1, -1)", "sigma: expected a number of at least 0, got -1"),
+        ("simulation.compute=halfnormal(-1)", "scale: expected a number of at least 0, got -1"),
+        ("simulation.compute=exponential(-1)", "scale: expected a number of at least 0, got -1"),
+        ("simulation.compute=uniform(3, 1)", "high: expected at least low, 3, got 1"),
+        ("simulation.compute=pareto(0)", "shape: expected a number above 0, got 0"),
+        ("simulation.compute=choice(1, two)", "value 2: expected a number, got two"),
+        ("simulation.compute=halfnormal(wide)", "scale: expected a number, got wide"),
+        ("simulation.availability_step=1e-5", "simulation.availability_step: expected a number gr"),
         ("simulation.availability=0", "simulation.availability: expected a number greater than 0"),
         ("simulation.availability=1.5", "simulation.availability: expected a number less than"),
         ("simulation.availability=often", "simulation.availability: expected a probability, spel"),
@@ -110,3 +126,8 @@ def test_the_example_of_profiles_in_the_docs_is_accepted(tmp_path: Path) -> None
     rows = list(csv.DictReader(block("csv").splitlines()))
     found = read_profiles(str(path), "simulation.devices")
     assert found.values["compute"].tolist() == [float(row["compute"]) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["trace.csv", "trace.CSV"])
+def test_a_trace_file_may_have_a_name_in_capitals(name: str) -> None:
+    check_availability(name, 600.0)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from fedmq.algorithms.problems.quadratic import DIM, QuadraticProblem
+from fedmq.broker.wire.addresses import MAX_CLIENTS
 from fedmq.nodes.errors import ConfigError
 from fedmq.nodes.run.config import load, parse
-from fedmq.nodes.run.setup import Setup, set_up
+from fedmq.nodes.run.setup import Setup, check_attainable, set_up
 from fedmq.nodes.simulation.clients import message_bytes, population_of
 
 CURVE = ["simulation.learner=curve", "problem.clients=1000000"]
@@ -21,6 +22,12 @@ def test_without_a_table_clients_are_alike_and_always_available() -> None:
     assert found.availability is None
     assert found.compute_s(3, "task") == 1.0
     assert found.clients == 40
+
+
+def test_each_node_hosts_a_client() -> None:
+    population_of(setup("simulation.nodes=40"))
+    with pytest.raises(ConfigError, match=r"simulation\.nodes: .* problem\.clients, 40"):
+        population_of(setup("simulation.nodes=41"))
 
 
 def test_training_time_can_depend_on_the_clients_examples() -> None:
@@ -108,3 +115,11 @@ def test_codecs_shorten_the_transfers_of_the_stand_in() -> None:
 
 def test_a_run_that_trains_has_the_bytes_of_its_messages() -> None:
     assert message_bytes(setup()) is None
+
+
+def test_the_number_of_clients_is_checked_before_the_start() -> None:
+    check_attainable(setup("simulation.learner=curve", f"problem.clients={MAX_CLIENTS}"))
+    with pytest.raises(
+        ConfigError, match=rf"problem\.clients: expected at most {MAX_CLIENTS}, got"
+    ):
+        check_attainable(setup("simulation.learner=curve", f"problem.clients={MAX_CLIENTS + 1}"))

@@ -13,7 +13,9 @@ from rich.console import Console
 
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.nodes.api.run import Run
 from fedmq.nodes.cli.main import main
+from fedmq.nodes.errors import ConfigError, NodeError
 from fedmq.nodes.history.run import RunHistory, runs_of
 from fedmq.nodes.population.table import STARTS_AT
 from fedmq.nodes.process.signals import INTERRUPTED
@@ -239,7 +241,31 @@ def test_an_unexpected_error_leaves_a_complete_folder(tmp_path, monkeypatch) -> 
     assert "crashed: KeyError: 'unexpected'" in result.output
     assert str(folder / "simulation.log") in result.output
     assert "test_command.py" in (folder / "simulation.log").read_text()
-    assert summary_in(folder)["status"] == "interrupted"
+    summary = summary_in(folder)
+    assert summary["status"] == "failed"
+    assert "crashed: KeyError: 'unexpected'" in summary["ended"]
+    assert Run(folder).status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(NodeError("nothing happens"), 1), (ConfigError("bad key"), 2)]
+)
+def test_a_run_that_cannot_go_on_has_failed_at_its_virtual_time(
+    tmp_path, monkeypatch, error, code
+) -> None:
+    def run_to_end(self, _):
+        while self.now_s < 500.0:
+            self.network.step()
+        raise error
+
+    monkeypatch.setattr(command_module.PopulationRun, "run_to_end", run_to_end)
+    folder = tmp_path / "run"
+    result = fedmq("simulate", *SMALL, "--set", "run.versions=1000", "--run", folder)
+    assert result.exit_code == code
+    assert re.search(rf"^ended +{error}$", result.output, re.MULTILINE)
+    summary = summary_in(folder)
+    assert (summary["status"], summary["ended"]) == ("failed", str(error))
+    assert summary["wall_s"] >= 500.0
 
 
 # ---- signals

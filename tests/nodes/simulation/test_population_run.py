@@ -8,15 +8,20 @@ import pytest
 
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
+from fedmq.broker.ledger.reader import read_entries
 from fedmq.broker.link import node_link
 from fedmq.broker.rejections import Code
+from fedmq.broker.settings import BrokerSettings
 from fedmq.broker.virtual.side_tasks import SideTasks
+from fedmq.nodes.cluster.view import closing_table
 from fedmq.nodes.errors import NodeError, RunFailed
+from fedmq.nodes.history.run import runs_of
 from fedmq.nodes.population.table import FaultsTable
 from fedmq.nodes.run.config import build
 from fedmq.nodes.run.digests import model_digest
 from fedmq.nodes.run.setup import set_up
-from fedmq.nodes.simulation import population_run
+from fedmq.nodes.run_folder.summary import summary_of
+from fedmq.nodes.simulation import population_node, population_run
 from fedmq.nodes.simulation.chances import Chances, chances_of
 from fedmq.nodes.simulation.population_run import PopulationRun
 from fedmq.nodes.simulation.trainers import InlineTrainer
@@ -216,11 +221,73 @@ def test_a_node_reports_its_clients_that_come_and_go(simulate):
         if m.kind == "availability"
     ]
     assert found == [
-        (0.0, "population-0", [], [[0, 1]]),
+        (0.0, "population-0", [[2, 2]], []),
+        (0.0, "population-1", [[3, 5]], []),
         (5.0, "population-0", [[0, 0], [1, 1]], []),
         (6.0, "population-1", [], [[4, 4]]),
         (9.0, "population-1", [[4, 4]], []),
     ]
+
+
+def sent_to_away(folder, devices):
+    """Return the tasks of clients that were away when they were sent, and the number of all."""
+    sent = [(at - START, m.body["client"]) for _, at, m in messages(folder) if m.kind == "task"]
+    spells = devices.availability.away
+    never = (math.inf, math.inf)
+    return [(at, c) for at, c in sent if spells.get(c, never)[0] <= at < spells[c][1]], len(sent)
+
+
+@pytest.mark.parametrize("schedule", [ROUNDS, STREAM])
+def test_no_client_that_is_away_at_the_start_gets_a_task(simulate, schedule):
+    devices = Devices(availability=Spells({0: (0.0, 4.0), 3: (0.0, 1e9), 4: (0.0, 6.0)}))
+    run, folder = simulate(setup_of(schedule, versions=12), devices, nodes=2)
+    run.run_to_end()
+    run.close()
+    wrong, total = sent_to_away(folder, devices)
+    assert not wrong
+    assert total >= 12
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_node_reports_many_ranges_in_messages_that_belong_together(simulate, monkeypatch, nodes):
+    monkeypatch.setattr(population_node, "MOST_RANGES", 2)
+    away = dict.fromkeys(range(0, 16, 2), (0.0, 1e9))
+    devices = Devices(availability=Spells(away, 16))
+    schedule = {"name": "buffered", "size": 1, "concurrency": 3}
+    run, folder = simulate(setup_of(schedule, clients=16), devices, nodes=nodes)
+    run.run_to_end()
+    run.close()
+    kinds = [(m.kind, m.body.get("more")) for _, _, m in messages(folder)]
+    reports = [more for kind, more in kinds if kind == "availability"]
+    assert reports == ([True, True, True, None] if nodes == 1 else [True, None, True, None])
+    first_task = [kind for kind, _ in kinds].index("task")
+    assert ("availability", None) not in kinds[first_task:]
+
+
+@pytest.mark.parametrize(
+    ("faults", "lease_s"),
+    [
+        ({"pause": 300.0, "pause_s": 30.0}, 2.0),  # longer than the lease
+        ({"node_crash": 200.0, "disconnect": 200.0, "away_s": 5.0}, 2.0),
+        ({"broker_crash": 100.0, "node_crash": 100.0, "pause": 100.0, "away_s": 20.0}, 600.0),
+    ],
+)
+def test_a_node_reports_its_available_clients_whenever_it_joins(simulate, faults, lease_s):
+    devices = Devices(availability=Spells({0: (0.0, 1e9), 3: (0.0, 1e9), 5: (40.0, 1e9)}))
+    run, folder = simulate(
+        setup_of(ROUNDS, versions=40),
+        devices,
+        nodes=2,
+        chances=chances_of(FaultsTable(**faults)),
+        settings=BrokerSettings(lease_s, lease_s / 10),
+    )
+    assert "40 versions" in run.run_to_end(limit_s=1e5)
+    run.close()
+    found = [m for _, _, m in messages(folder) if m.kind == "joined"]
+    joined = [m.body["node"] for m in found if m.body.get("reports_availability")]
+    assert len(joined) > 2
+    wrong, _ = sent_to_away(folder, devices)
+    assert not [each for each in wrong if each[1] != 5]
 
 
 def test_a_stopped_run_returns_and_its_ledger_is_closed(simulate):
@@ -253,6 +320,21 @@ def test_nodes_and_broker_may_be_killed(simulate, chances):
     assert versions == list(range(1, 11))
     answers = [m.id for _, _, m in messages(folder) if m.kind == "result"]
     assert len(set(answers)) == len(answers)
+
+
+@pytest.mark.parametrize("restarts", [True, False])
+def test_bytes_on_the_wire_are_a_lower_bound_after_a_restart_of_the_broker(simulate, restarts):
+    run, folder = simulate(setup_of(ROUNDS, versions=3), Devices())
+    if restarts:
+        run.network.after(1.0, run.broker.crash)
+    run.run_to_end()
+    run.close()
+    (history,) = runs_of(read_entries(folder)).values()
+    assert history.wire_at_least is restarts
+    summary = summary_of(history)
+    assert summary["bytes"]["wire_at_least"] is restarts
+    rows = [value for key, value in closing_table(summary).rows if key.startswith("bytes")]
+    assert [", at least " in row for row in rows] == [restarts, restarts]
 
 
 def test_a_run_in_which_nothing_happens_any_more_fails(simulate, monkeypatch):
