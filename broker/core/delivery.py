@@ -122,7 +122,7 @@ def start_over(node: Node, got: int, read: Callable[[int], Accepted] | None) -> 
 
 def retry_pause(interrupted: int) -> float:
     """Return the pause, in seconds, before a message that ended sessions is sent again."""
-    return 0.0 if interrupted < 2 else min(RETRY_MAX_S, RETRY_S * 2.0 ** (interrupted - 2))
+    return 0.0 if interrupted < 2 else min(RETRY_MAX_S, RETRY_S * 2.0 ** min(interrupted - 2, 60))
 
 
 def _may_send(node: Node, now: float) -> bool:

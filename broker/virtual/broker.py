@@ -87,6 +87,7 @@ class VirtualBroker:
         self.batch_s = 0.0
         self.crash_at_send: int | None = None
         self.failures: list[str] = []
+        self.no_space = ""
         self._arrived: list[Event] = []
         self._wake_at = math.inf
         """Time of the next planned turn, on the clock of the process."""
@@ -254,7 +255,8 @@ class VirtualBroker:
         return self.network.is_up(peer)
 
     def on_space(self, reason: str) -> None:
-        """Do nothing."""
+        """Keep the reason why the disk is full, or ""."""
+        self.no_space = reason
 
     def log(self, level: str, event: str, fields: dict[str, Any]) -> None:
         """Do nothing."""

@@ -36,11 +36,18 @@ class SideTasks:
         self._late: list[Callable[[], object]] = []
         """What was due while the process was suspended, in order."""
         self._paused = self._killed = False
+        self._due = 0
+        """Number of times at which a task is to start or go on."""
+
+    @property
+    def busy(self) -> bool:
+        """Return whether a task starts or goes on at some time."""
+        return self._due > 0 or bool(self._late)
 
     def start_at(self, when: float, work: Callable[[], object]) -> None:
         """Start a task at a true time; at an infinite one, never."""
         if when < math.inf:
-            self._network.at(when, functools.partial(self._start, work))
+            self._at(when, functools.partial(self._start, work))
 
     def sleep_until(self, when: float) -> None:
         """Let the calling task wait until a true time; at an infinite one, until it is killed.
@@ -49,7 +56,7 @@ class SideTasks:
             Killed: the process was killed meanwhile.
         """
         if when < math.inf:
-            self._network.at(when, functools.partial(self._resume, greenlet.getcurrent()))
+            self._at(when, functools.partial(self._resume, greenlet.getcurrent()))
         self._switch()
 
     def wait(self) -> None:
@@ -84,6 +91,14 @@ class SideTasks:
         running, self._running = self._running, set()
         for task in running:
             task.throw(Killed)
+
+    def _at(self, when: float, act: Callable[[], object]) -> None:
+        self._due += 1
+        self._network.at(when, functools.partial(self._act, act))
+
+    def _act(self, act: Callable[[], object]) -> None:
+        self._due -= 1
+        act()
 
     def _start(self, work: Callable[[], object]) -> None:
         if self._killed:

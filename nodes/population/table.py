@@ -35,13 +35,15 @@ class _SimulationTable(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
+Rate = Annotated[float, Field(ge=0, le=3600)]
+"""Events per hour of virtual time; faults are drawn at most once a second."""
+
+
 class FaultsTable(_SimulationTable):
     """``[simulation.faults]``: probabilities, and rates per hour of virtual time.
 
     dropout: probability that a task is lost: its client never sends a result.
     node_crash, broker_crash: crashes of each population node, and of the broker, per hour.
-    power: power failures of the broker's machine per hour; messages then survive as
-        ``broker.durability = "power"`` promises.
     disconnect: broken connections of each node per hour.
     pause: suspensions of each process per hour.
     away_s: longest absence of a crashed process, in seconds.
@@ -49,11 +51,10 @@ class FaultsTable(_SimulationTable):
     """
 
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    node_crash: Annotated[float, Field(ge=0)] = 0.0
-    broker_crash: Annotated[float, Field(ge=0)] = 0.0
-    power: Annotated[float, Field(ge=0)] = 0.0
-    disconnect: Annotated[float, Field(ge=0)] = 0.0
-    pause: Annotated[float, Field(ge=0)] = 0.0
+    node_crash: Rate = 0.0
+    broker_crash: Rate = 0.0
+    disconnect: Rate = 0.0
+    pause: Rate = 0.0
     away_s: Annotated[float, Field(gt=0)] = 60.0
     pause_s: Annotated[float, Field(gt=0)] = 60.0
 

@@ -84,7 +84,6 @@ def chances_of(faults: FaultsTable) -> Chances:
     return Chances(
         broker_crash=faults.broker_crash / 3600,
         worker_crash=faults.node_crash / 3600,
-        power=faults.power / 3600,
         cut=faults.disconnect / 3600,
         pause=faults.pause / 3600,
         away_s=faults.away_s,

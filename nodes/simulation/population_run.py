@@ -42,6 +42,8 @@ _FAULTS_A_DRAW = 0.05
 """Mean number of faults between two draws: so few that two of a kind hardly ever coincide."""
 _STEPS = 64
 """Events of the network between two reports of progress."""
+_VERSION_STEPS, _CLIENT_STEPS = 1_000_000, 20
+"""Most events of the network in a version, beside those for each client; a result takes ten."""
 _IDLE_S = 30 * 86_400.0
 """Virtual time without any message after which a run has failed: nothing will happen any more."""
 
@@ -147,7 +149,9 @@ class PopulationRun(Simulation):
             ReturnedError: as in `run_worker`.
         """
         network, end = self.network, self.began + limit_s
-        steps, accepted, accepted_at = 0, -1, network.now
+        steps, version, version_steps = 0, -1, 0
+        most_steps = _VERSION_STEPS + _CLIENT_STEPS * self.setup.problem.clients
+        accepted, accepted_at = -1, network.now
         while not self._stopped and network.now < end and network.step():
             broker = self.broker
             if broker.up and broker.core.idle:
@@ -158,9 +162,23 @@ class PopulationRun(Simulation):
             on_progress()
             if broker.up and broker.core.next_seq != accepted:
                 accepted, accepted_at = broker.core.next_seq, network.now
-            elif network.now > accepted_at + _IDLE_S:
+            elif network.now > accepted_at + _IDLE_S and not self._at_work:
                 raise NodeError(self._idle())
+            if self.aggregator.core.version != version:
+                version, version_steps = self.aggregator.core.version, steps
+            elif steps > version_steps + most_steps and self.chances.any_faults:
+                raise NodeError(
+                    f"the simulation makes no progress: {most_steps:,} events without a new "
+                    "version; check [simulation.faults]"
+                )
+            if broker.no_space and not self.chances.full:  # no virtual time makes room
+                raise NodeError(f"the ledger cannot be written: {broker.no_space}")
         return ""
+
+    @property
+    def _at_work(self) -> bool:
+        """Return whether a client has work that ends at some time."""
+        return any(each.port.tasks.busy for each in self.nodes)
 
     def _reason(self) -> str:
         """Return why the run has ended: the session that ended it may have been killed since."""

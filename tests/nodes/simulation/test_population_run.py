@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from fedmq.broker.errors import NoSpace
 from fedmq.broker.inspection.trace import Trace
 from fedmq.broker.ledger.entries import Accepted
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.ledger.writer import Ledger
 from fedmq.broker.link import node_link
 from fedmq.broker.rejections import Code
 from fedmq.broker.settings import BrokerSettings
@@ -305,7 +307,7 @@ def test_a_stopped_run_returns_and_its_ledger_is_closed(simulate):
 CRASHES = [
     Chances(crash=0.02),
     Chances(crash=0.02, doom=0.02),
-    chances_of(FaultsTable(node_crash=100, broker_crash=100, power=50, disconnect=50, pause=50)),
+    chances_of(FaultsTable(node_crash=100, broker_crash=100, disconnect=50, pause=50)),
 ]
 
 
@@ -364,3 +366,29 @@ def test_results_of_one_moment_wake_few_tasks_while_the_link_has_no_room(simulat
     run, _ = simulate(setup, Devices(), checked=False)
     assert run.run_to_end() == "2 versions committed"
     assert 0 < len(waits) < 2 * clients
+
+
+def test_long_work_is_no_idleness(simulate):
+    setup = setup_of(ROUNDS, versions=2)
+    run, _ = simulate(setup, Devices(compute={0: 5e6}), checked=False)
+    assert run.run_to_end() == "2 versions committed"
+    assert run.now_s > 1e7
+
+
+def test_tasks_that_crashes_always_interrupt_end_the_run_with_the_reason(simulate, monkeypatch):
+    monkeypatch.setattr(population_run, "_VERSION_STEPS", 20_000)
+    chances = chances_of(FaultsTable(node_crash=3600))
+    run, _ = simulate(setup_of(ROUNDS), Devices(compute={0: 1e5}), chances=chances, checked=False)
+    with pytest.raises(NodeError, match=r"no progress: 20,120 events without a new version"):
+        run.run_to_end()
+
+
+def test_a_full_disk_ends_the_run_with_the_reason(simulate, monkeypatch):
+    def full(*_):
+        raise NoSpace("no space left on device")
+
+    run, _ = simulate(setup_of(ROUNDS, versions=50), Devices())
+    run.network.after(10.0, lambda: monkeypatch.setattr(Ledger, "commit", full))
+    with pytest.raises(NodeError, match=r"the ledger cannot be written: .*no space left"):
+        run.run_to_end()
+    monkeypatch.undo()
