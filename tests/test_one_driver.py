@@ -37,8 +37,8 @@ VIRTUAL = ("broker/virtual/*.py", "nodes/simulation/virtual_*.py")
 OF_SIMULATIONS = {"side_tasks.py", "plain_disk.py"}
 """Parts of `fedmq simulate` alone: work beside a program, and a disk without faults."""
 MOST_VIRTUAL_LINES = 1185
-"""Lines of code that the fault histories and simulations run in place of live code; some 90 of them let
-simulations start other nodes than the histories' workers."""
+"""Lines of code that the fault histories and simulations run in place of live code; some 90 of them
+let simulations start other nodes than the histories' workers."""
 
 
 def resolved(name: ast.expr, imported: dict[str, str], module: str) -> object:
