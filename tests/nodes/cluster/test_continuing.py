@@ -432,7 +432,7 @@ HOLD = (
 @pytest.mark.parametrize(
     ("what", "code"),
     [
-        ("cluster", ("nodes.run_folder.folder", "held", "held(Path(sys.argv[1]))")),
+        ("fedmq command", ("nodes.run_folder.folder", "held", "held(Path(sys.argv[1]))")),
         (
             "broker",
             (
