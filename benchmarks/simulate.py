@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmq.broker.ledger.reader import read_entries
+from fedmq.broker.process import tune_process
 from fedmq.nodes.population.population import Population
 from fedmq.nodes.population.table import SimulationTable
 from fedmq.nodes.run.config import build
@@ -70,6 +71,7 @@ def training_setup(clients: int) -> Setup:
 
 def simulated(clients: int, folder: str) -> dict[str, float]:
     """Simulate the run in this process; return its CPU time and its number of results."""
+    tune_process()  # as the command does
     setup = training_setup(clients)
     setup.problem.client(0)
     trainer = InlineTrainer(setup, "cpu")

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from fedmq.broker.ledger.reader import LedgerTail
+from fedmq.broker.process import tune_process
 from fedmq.nodes.cluster.console import SupervisorConsole
 from fedmq.nodes.cluster.view import LiveView, closing_table
 from fedmq.nodes.errors import ON_PURPOSE, ConfigError, NodeError, OwnCodeError, own_code
@@ -147,6 +148,7 @@ class SimulationCommand:
         write_config(self._folder, setup.config, self._begun, simulated=True)
         remove_summary(self._folder)
         torch.set_num_threads(setup.config.worker.threads)
+        tune_process()
         trainer = self._trainer = _InterruptibleTrainer(self._make_trainer())
         table = setup.config.simulation or SimulationTable()
         with own_code("algorithm.name"):
